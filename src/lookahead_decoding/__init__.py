@@ -1,0 +1,51 @@
+"""Exact lookahead decoding for Hugging Face causal language models.
+
+import lookahead_decoding as ld
+
+ids = ld.generate(model, **inputs, max_new_tokens=256, lookahead=ld.LookaheadConfig())
+"""
+
+from pathlib import Path
+
+from .choose import Sampler, StepLogits, choose
+from .config import PLAIN, LookaheadConfig
+from .decode import Request, autoregressive, decode
+from .hf import LookaheadDecoding, generate
+from .lookahead import Choice, Lookahead
+from .pool import NgramPool
+from .stats import Stats
+from .target import Target
+from .text import StreamStep, stream
+from .tree import TokenTree, build_tree
+from .window import Window
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PLAIN",
+    "Choice",
+    "Lookahead",
+    "LookaheadConfig",
+    "LookaheadDecoding",
+    "NgramPool",
+    "Request",
+    "Sampler",
+    "Stats",
+    "StepLogits",
+    "StreamStep",
+    "Target",
+    "TokenTree",
+    "Window",
+    "autoregressive",
+    "build_tree",
+    "choose",
+    "decode",
+    "generate",
+    "pocket_path",
+    "stream",
+]
+
+
+def pocket_path() -> str:
+    """Folder of `pocket`, the small Python-writing model that ships with the package."""
+    return str(Path(__file__).with_name("pocket"))

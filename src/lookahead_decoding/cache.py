@@ -1,0 +1,155 @@
+"""Keys and values of a batch whose sequences grow by different amounts.
+
+Every layer's buffers are allocated once, for the length that the request can reach plus one tree. A step writes its rows
+behind each sequence's committed tokens, and `commit` moves the accepted rows to the front of them. Nothing is
+concatenated, and no cost grows with the context.
+
+Sequences are stored without their left padding: slot and position are the same number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class Slots:
+    """Where this step's rows go: shared by all layers.
+
+    Attributes:
+        lengths: committed tokens of each sequence.
+        capacity: slots per sequence.
+    """
+
+    def __init__(self, batch: int, capacity: int) -> None:
+        self.lengths = [0] * batch
+        self.capacity = capacity
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+
+class TreeCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not typed
+    """One layer's keys and values, (batch, key heads, capacity, head size) each."""
+
+    is_sliding = False
+
+    def __init__(self, slots: Slots) -> None:
+        super().__init__()
+        self.slots = slots
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        def buffer(like: torch.Tensor) -> torch.Tensor:
+            batch, heads, _, size = like.shape
+            return like.new_zeros(batch, heads, self.slots.capacity, size)
+
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = buffer(key_states), buffer(value_states)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the step's rows, (batch, key heads, rows, head size), and return all slots in use."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        rows = key_states.shape[2]
+        for b, length in enumerate(self.slots.lengths):
+            self.keys[b, :, length : length + rows] = key_states[b]
+            self.values[b, :, length : length + rows] = value_states[b]
+        end = self.slots.longest + rows
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def keep(self, sequence: int, nodes: torch.Tensor) -> None:
+        """Move the rows of `nodes` to the front of this step's rows."""
+        length, count = self.slots.lengths[sequence], len(nodes)
+        for buffer in (self.keys, self.values):
+            buffer[sequence, :, length : length + count] = buffer[sequence][:, length + nodes.to(buffer.device)]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.slots.longest + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.slots.longest
+
+    def get_max_length(self) -> int:
+        return self.slots.capacity
+
+
+class TreeCache(Cache):  # type: ignore[misc]
+    """The cache that the target hands to the model.
+
+    Args:
+        layers: layers of the model.
+        batch: sequences.
+        capacity: slots per sequence: its final length plus one tree.
+    """
+
+    def __init__(self, layers: int, batch: int, capacity: int) -> None:
+        self.slots = Slots(batch, capacity)
+        super().__init__(layers=[TreeCacheLayer(self.slots) for _ in range(layers)])
+
+    @property
+    def lengths(self) -> list[int]:
+        """Committed tokens of each sequence."""
+        return self.slots.lengths
+
+    def commit(self, paths: Sequence[Sequence[int]]) -> None:
+        """Keep the keys and values of each sequence's path, root first, and drop the rest of the step.
+
+        An empty path keeps nothing, for a sequence that has ended.
+        """
+        for sequence, path in enumerate(paths):
+            if list(path) != list(range(len(path))):
+                nodes = torch.tensor(path)
+                for layer in self.layers:
+                    layer.keep(sequence, nodes)
+        for sequence, path in enumerate(paths):
+            self.slots.lengths[sequence] += len(path)
+
+    def load(self, past: Cache, rows: Sequence[Sequence[int]]) -> None:
+        """Take over the keys and values of another cache.
+
+        Args:
+            past: a cache as `generate` leaves it; a layer that kept its last positions only is placed at its end.
+            rows: for each sequence, the slots of `past` that hold its tokens, padding left out.
+        """
+        for layer, other in zip(self.layers, past.layers, strict=True):
+            if not other.is_initialized:
+                continue
+            layer.lazy_initialization(other.keys, other.values)
+            missing = other.get_seq_length() - other.keys.shape[2]
+            for b, slots in enumerate(rows):
+                kept = [s for s in slots if s >= missing]
+                source = torch.tensor(kept, dtype=torch.long, device=layer.keys.device) - missing
+                target = slice(len(slots) - len(kept), len(slots))
+                layer.keys[b, :, target] = other.keys[b][:, source]
+                layer.values[b, :, target] = other.values[b][:, source]
+        self.slots.lengths[:] = [len(slots) for slots in rows]
+
+    def store(self, past: Cache, rows: Sequence[Sequence[int]], length: int) -> None:
+        """Write everything committed into another cache, as `generate` would have left it.
+
+        Args:
+            past: a dynamic cache of the same model.
+            rows: for each sequence, the slots of `past` that its tokens go to; other slots hold zeros.
+            length: slots of `past` from now on.
+        """
+        for layer, other in zip(self.layers, past.layers, strict=True):
+            kept = min(length, other.sliding_window - 1) if getattr(other, "is_sliding", False) else length
+            if not other.is_initialized:
+                other.lazy_initialization(layer.keys, layer.values)
+            new = []
+            for buffer in (layer.keys, layer.values):
+                batch, heads, _, size = buffer.shape
+                out = buffer.new_zeros(batch, heads, length, size)
+                for b, slots in enumerate(rows):
+                    out[b][:, torch.tensor(slots, dtype=torch.long, device=buffer.device)] = buffer[b, :, : len(slots)]
+                new.append(out[:, :, length - kept :])
+            other.keys, other.values = new
+            if hasattr(other, "cumulative_length"):
+                other.cumulative_length = length

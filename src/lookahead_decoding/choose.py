@@ -1,0 +1,149 @@
+"""The walk: from the target's logits to the tokens that a step emits.
+
+At a node its logits are processed exactly as plain decoding would process them, on the true text so far; then the
+token is the argmax or one draw, and the walk goes on at the child that holds it. So the tokens are those of plain
+decoding by construction, whatever was guessed, and the tree only decides how many of them one forward gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .lookahead import Choice
+from .tree import TokenTree
+
+Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Criterion = Callable[[torch.Tensor, tuple[torch.Tensor, ...] | None], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class StepLogits:
+    """Logits of one forward, for the rows that need them.
+
+    Attributes:
+        logits: (batch, kept rows, vocab), in the model's dtype.
+        nodes: node of each kept row, in ascending order; the same for all sequences.
+    """
+
+    logits: torch.Tensor
+    nodes: tuple[int, ...]
+
+    def argmax(self) -> list[list[int]]:
+        """The best token of every kept row, (batch, kept rows): one device synchronisation."""
+        if self.logits.device.type == "cpu":  # numpy's argmax is 30 times faster than torch's on a CPU
+            best: list[list[int]] = self.logits.float().numpy().argmax(-1).tolist()
+            return best
+        best = self.logits.argmax(-1).tolist()
+        return best
+
+
+class Sampler:
+    """Picks the tokens of one sequence as plain decoding would, one after the other.
+
+    Args:
+        ids: the text so far as plain decoding sees it, left padding included, (1, length).
+        max_length: length at which the text ends, left padding included.
+        stop_ids: tokens that end the text.
+        processors: called in order with the text (1, length) and the scores (1, vocab) in float32.
+        criteria: further stopping criteria, called with the text after every token; any true result ends it.
+        do_sample: draw from the processed scores; otherwise take the best.
+        generator: of the draws; torch's own by default.
+        keep_scores, keep_logits: collect the processed scores, or the raw logits, of every token.
+    """
+
+    def __init__(
+        self,
+        ids: torch.Tensor,
+        max_length: int,
+        *,
+        stop_ids: Sequence[int] = (),
+        processors: Sequence[Processor] = (),
+        criteria: Sequence[Criterion] = (),
+        do_sample: bool = False,
+        generator: torch.Generator | None = None,
+        keep_scores: bool = False,
+        keep_logits: bool = False,
+    ) -> None:
+        self.length = ids.shape[1]
+        self._ids = torch.cat([ids, ids.new_zeros(1, max(0, max_length - self.length))], dim=1)
+        self._max_length = max_length
+        self._stop_ids = frozenset(stop_ids)
+        self._processors = list(processors)
+        self._criteria = list(criteria)
+        self._do_sample = do_sample
+        self._generator = generator
+        self._plain = not (self._processors or do_sample or keep_scores or keep_logits)
+        self._keep_scores = keep_scores
+        self._keep_logits = keep_logits
+        self.scores: tuple[torch.Tensor, ...] = ()  # (1, vocab) per token
+        self.logits: tuple[torch.Tensor, ...] = ()  # (1, vocab) per token
+        self.finish_reason: str | None = None
+
+    @property
+    def text(self) -> torch.Tensor:
+        """The text so far, left padding included, (1, length)."""
+        return self._ids[:, : self.length]
+
+    def take(self, logits: torch.Tensor, best: int) -> int:
+        """Emit the next token.
+
+        Args:
+            logits: of the current node, (vocab,).
+            best: their argmax.
+        """
+        token = best if self._plain else self._process(logits)
+        self._ids[0, self.length] = token
+        self.length += 1
+        if token in self._stop_ids:
+            self.finish_reason = "stop"
+        elif self.length >= self._max_length:
+            self.finish_reason = "length"
+        scores = self.scores if self._keep_scores else None
+        for criterion in self._criteria:  # all of them, as plain decoding does: one may count its calls
+            if bool(criterion(self.text, scores).any()) and self.finish_reason is None:
+                self.finish_reason = "stop"
+        return token
+
+    def _process(self, logits: torch.Tensor) -> int:
+        raw = logits[None].to(copy=True, dtype=torch.float32, device=self._ids.device)  # (1, vocab)
+        scores = raw
+        for processor in self._processors:
+            scores = processor(self.text, scores)
+        if self._keep_logits:
+            self.logits += (raw,)
+        if self._keep_scores:
+            self.scores += (scores,)
+        if not self._do_sample:
+            return int(torch.argmax(scores, dim=-1))
+        probabilities = torch.nn.functional.softmax(scores, dim=-1)
+        return int(torch.multinomial(probabilities, num_samples=1, generator=self._generator))
+
+
+def choose(step: StepLogits, trees: Sequence[TokenTree | None], samplers: Sequence[Sampler]) -> list[Choice | None]:
+    """Walk every sequence's tree and emit its tokens; None where the sequence has ended.
+
+    The walk starts at the root and follows the child that holds the emitted token; it ends where there is none, so a
+    fully matched candidate still gives its bonus token, or where the text ends. Nothing is drawn or processed
+    past that.
+    """
+    best = step.argmax()
+    row_of = {node: row for row, node in enumerate(step.nodes)}
+    choices: list[Choice | None] = []
+    for b, (tree, sampler) in enumerate(zip(trees, samplers, strict=True)):
+        if tree is None:
+            choices.append(None)
+            continue
+        node: int | None = 0
+        tokens: list[int] = []
+        path: list[int] = []
+        while node is not None and sampler.finish_reason is None:
+            row = row_of[node]
+            tokens.append(sampler.take(step.logits[b, row], best[b][row]))
+            path.append(node)
+            node = tree.child(node, tokens[-1])
+        window_tokens = tuple(best[b][row_of[n]] for n in tree.last_row)
+        choices.append(Choice(tuple(tokens), tuple(path), window_tokens))
+    return choices

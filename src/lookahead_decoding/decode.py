@@ -1,0 +1,89 @@
+"""The decoding loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+from .choose import Sampler, choose
+from .config import LookaheadConfig
+from .lookahead import Choice, Lookahead, Propose
+from .stats import Stats
+from .target import SINGLE, Target
+from .tree import TokenTree
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sequence to continue.
+
+    Attributes:
+        prompt: its token ids, without padding.
+        sampler: picks its tokens and knows where it ends.
+        limit: length its text can reach, prompt included, padding not.
+        stop_ids: tokens that end it.
+        propose: a further source of candidates.
+        cached: tokens of the prompt that the target has committed already.
+    """
+
+    prompt: tuple[int, ...]
+    sampler: Sampler
+    limit: int
+    stop_ids: frozenset[int] = frozenset()
+    propose: Propose | None = None
+    cached: int = 0
+
+
+@contextmanager
+def _timed(stats: Stats, phase: str) -> Iterator[None]:
+    start = perf_counter()
+    yield
+    stats.seconds[phase] += perf_counter() - start
+
+
+def decode(
+    target: Target, requests: Sequence[Request], config: LookaheadConfig, stats: Stats
+) -> Iterator[list[Choice | None]]:
+    """Lookahead decoding: a generator of steps, each with what every sequence got from it.
+
+    Prefill is the first step. A sequence that has ended gets None. To cancel, stop asking.
+
+    Args:
+        target: with room for the requests; what it has committed already comes before the prompts' own tokens.
+        requests: one per sequence of the target.
+        config: W, N, G and the sources.
+        stats: counts, updated before each step is given out.
+    """
+    lookaheads = [Lookahead(r.prompt, config, limit=r.limit, stop_ids=r.stop_ids, propose=r.propose) for r in requests]
+    samplers = [r.sampler for r in requests]
+    trees: list[TokenTree | None] = [SINGLE] * len(requests)
+    with _timed(stats, "prefill"):
+        logits = target.prefill([r.prompt[r.cached :] for r in requests])
+    while True:
+        with _timed(stats, "choose"):
+            choices = choose(logits, trees, samplers)
+        with _timed(stats, "observe"):
+            for lookahead, choice in zip(lookaheads, choices, strict=True):
+                if choice is not None:
+                    lookahead.observe(choice)
+            stats.count(trees, choices)
+        with _timed(stats, "commit"):
+            target.commit([choice.path if choice else () for choice in choices])
+        yield choices
+        if all(s.finish_reason for s in samplers):
+            return
+        with _timed(stats, "plan"):
+            pairs = zip(lookaheads, samplers, strict=True)
+            trees = [None if sampler.finish_reason else lookahead.plan() for lookahead, sampler in pairs]
+        with _timed(stats, "forward"):
+            logits = target.forward(trees)
+
+
+def autoregressive(
+    target: Target, requests: Sequence[Request], config: LookaheadConfig, stats: Stats
+) -> Iterator[list[Choice | None]]:
+    """Plain decoding, with the signature of `decode`: every step is the current token alone."""
+    plain = [replace(r, propose=None) for r in requests]
+    return decode(target, plain, replace(config, sources=()), stats)

@@ -1,0 +1,472 @@
+"""The way in through transformers: everything `model.generate` takes, honoured or refused.
+
+`LookaheadDecoding` is a decoding loop that `generate(custom_generate=...)` calls after its own preparations, and
+`generate` is the same in one call, with the arguments that `generate` keeps from such a loop.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    DynamicCache,
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.logits_process import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from .choose import Sampler
+from .config import LookaheadConfig
+from .decode import Request, decode
+from .lookahead import Choice, Propose, max_rows
+from .stats import Stats
+from .target import Target, export_cache
+
+# What we do with each field of GenerationConfig. "honoured": exactly as `generate` does. "engine": it chooses how
+# plain decoding runs, not what it says; ours replaces a default of the model's files, and what a caller asks for is
+# refused. Otherwise the text says what a caller should do instead: a value that would change the output is refused.
+_BEAMS = "beam search is not supported: set num_beams=1, or use model.generate without lookahead"
+_ASSISTED = "another assisted method cannot run inside lookahead decoding: leave it out, or use model.generate"
+_ENGINE = "engine"
+_HONOURED = "honoured"
+_IRRELEVANT = "irrelevant"
+
+GENERATION_CONFIG_FIELDS: dict[str, str] = {
+    **dict.fromkeys(
+        """max_length max_new_tokens min_length min_new_tokens max_time stop_strings do_sample temperature top_k top_p
+        min_p top_h typical_p epsilon_cutoff eta_cutoff repetition_penalty encoder_repetition_penalty
+        no_repeat_ngram_size bad_words_ids renormalize_logits forced_bos_token_id forced_eos_token_id
+        remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens sequence_bias
+        watermarking_config num_return_sequences output_scores output_logits return_dict_in_generate pad_token_id
+        bos_token_id eos_token_id encoder_no_repeat_ngram_size""".split(),
+        _HONOURED,
+    ),
+    # these act in modes that are refused by another field, or say nothing about decoding
+    **dict.fromkeys(
+        """early_stopping length_penalty decoder_start_token_id is_assistant num_assistant_tokens
+        num_assistant_tokens_schedule assistant_confidence_threshold max_matching_ngram_size assistant_lookbehind
+        target_lookbehind assistant_ensemble_weight transformers_version low_memory continuous_batching_config
+        speculation_type num_assistant_steps trust_remote_code fast_forward""".split(),
+        _IRRELEVANT,
+    ),
+    **dict.fromkeys(
+        """use_cache cache_implementation cache_config max_cache_len compile_config disable_compile
+        prefill_chunk_size""".split(),
+        _ENGINE,
+    ),
+    **dict.fromkeys("num_beams num_beam_groups diversity_penalty constraints force_words_ids".split(), _BEAMS),
+    **dict.fromkeys("prompt_lookup_num_tokens assistant_early_exit use_mtp".split(), _ASSISTED),
+    "penalty_alpha": "contrastive search is not supported: leave penalty_alpha out",
+    "dola_layers": "DoLa is not supported: leave dola_layers out",
+    "guidance_scale": "guidance runs a second forward per token and is not supported: leave guidance_scale out",
+    "token_healing": "token healing is not supported: heal the prompt with model.heal_tokens first",
+    "output_attentions": "attentions of a step are those of a tree: leave output_attentions out",
+    "output_hidden_states": "hidden states of a step are those of a tree: leave output_hidden_states out",
+}
+# The values with which a refused field says nothing.
+_SILENT = {"num_beams": (None, 1), "num_beam_groups": (None, 1), "guidance_scale": (None, 1, 1.0)}
+_SILENT |= {"diversity_penalty": (None, 0.0), "penalty_alpha": (None, 0.0), "use_cache": (None, True)}
+
+GENERATE_PARAMETERS: dict[str, str] = {
+    **dict.fromkeys(
+        """inputs generation_config logits_processor stopping_criteria prefix_allowed_tokens_fn streamer tokenizer
+        kwargs""".split(),
+        _HONOURED,
+    ),
+    "assistant_model": _ASSISTED,
+    "synced_gpus": "synchronised ranks are not supported: leave synced_gpus out",
+    "custom_generate": "lookahead decoding is a custom_generate itself: pass only one",
+    "negative_prompt_ids": "guidance is not supported: leave negative_prompt_ids out",
+    "negative_prompt_attention_mask": "guidance is not supported: leave negative_prompt_attention_mask out",
+}
+# What the loop takes of a model's own inputs.
+_MODEL_INPUTS = frozenset({"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"})
+
+
+class LookaheadDecoding:
+    """Lookahead decoding as a `custom_generate` of transformers.
+
+    `generate` hands a custom loop neither its streamer nor its tokenizer, so they are given here.
+
+    Args:
+        config: W, N, G and the sources; the defaults if left out.
+        streamer: gets the prompt once, every token once, and the end. For one sequence.
+        seeds: one per sequence, for sampling; each sequence then draws from a generator of its own. With
+            several sequences and no seeds they are drawn from torch's generator; with one, torch's is used itself.
+        propose: a further source of candidates: the text so far (token ids, prompt included) to draft tokens.
+
+    Attributes:
+        stats: counts of the last call.
+        finish_reasons: of each sequence of the last call, "stop" or "length".
+    """
+
+    def __init__(
+        self,
+        config: LookaheadConfig | None = None,
+        *,
+        streamer: BaseStreamer | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        stop_strings: str | Sequence[str] | None = None,
+        seeds: Sequence[int] | None = None,
+        propose: Propose | None = None,
+    ) -> None:
+        if config is not None and not isinstance(config, LookaheadConfig):
+            raise TypeError(f"config must be a LookaheadConfig, got {type(config).__name__}")
+        if stop_strings is not None and tokenizer is None:
+            raise ValueError("stop_strings needs the tokenizer: pass tokenizer= as well")
+        self.config = config or LookaheadConfig()
+        self.streamer = streamer
+        self.tokenizer = tokenizer
+        self.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
+        self.seeds = list(seeds) if seeds is not None else None
+        self.propose = propose
+        self.stats = Stats()
+        self.finish_reasons: list[str] = []
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> GenerateDecoderOnlyOutput | torch.Tensor:
+        """The decoding loop; called by `generate` with what it prepared.
+
+        Raises:
+            ValueError: an option that cannot be honoured; the message says what to do.
+        """
+        run = self.prepare(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs)
+        if self.streamer is None:
+            for _ in run.steps():
+                pass
+        else:
+            self.streamer.put(input_ids.cpu())
+            for (choice,) in run.steps():
+                for token in choice.tokens if choice else ():
+                    self.streamer.put(torch.tensor([token]))
+            self.streamer.end()
+        self.finish_reasons = run.finish_reasons
+        return run.output()
+
+    def prepare(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Run:
+        """Everything before the first forward: also a `custom_generate`, for who drives the steps himself."""
+        _refuse(model, generation_config, model_kwargs)
+        if self.streamer is not None and len(input_ids) > 1:
+            raise ValueError(f"a streamer takes one sequence, got {len(input_ids)}: stream them one by one")
+        if self.stop_strings:
+            stops = StopStringCriteria(self.tokenizer, self.stop_strings)
+            stopping_criteria = StoppingCriteriaList([*stopping_criteria, stops])
+        past = model_kwargs.get("past_key_values")
+        past = past if past is not None and (_is_callers(past) or past.get_seq_length()) else None
+        rows = _layout(input_ids, model_kwargs, past, generation_config)
+        requests = _requests(self, input_ids, logits_processor, stopping_criteria, generation_config, rows)
+        before = past.get_seq_length() if past is not None else 0
+        longest = before + max(r.limit - r.cached for r in requests)
+        target = Target(model, capacity=longest + max_rows(self.config), batch=len(requests))
+        if before:
+            target.cache.load(past, [range(row.start, before) for row in rows])
+        self.stats = Stats()
+        return Run(self.config, target, requests, self.stats, generation_config, past, [row.start for row in rows])
+
+
+@dataclass(frozen=True)
+class Run:
+    """A prepared call of `generate`.
+
+    Attributes:
+        config: W, N, G and the sources.
+        target: the model with room for the requests.
+        requests: one per sequence.
+        stats: counts, updated as the steps are taken.
+        generation_config: as `generate` prepared it.
+        past: the caller's own cache, filled at the end.
+        starts: left padding of each sequence.
+    """
+
+    config: LookaheadConfig
+    target: Target
+    requests: list[Request]
+    stats: Stats
+    generation_config: GenerationConfig
+    past: Any
+    starts: list[int]
+
+    def steps(self) -> Iterator[list[Choice | None]]:
+        """Decode, a step at a time."""
+        return decode(self.target, self.requests, self.config, self.stats)
+
+    @property
+    def finish_reasons(self) -> list[str]:
+        """Why each sequence ended, "stop" or "length"; empty for one that has not."""
+        return [r.sampler.finish_reason or "" for r in self.requests]
+
+    def output(self) -> GenerateDecoderOnlyOutput | torch.Tensor:
+        """What `generate` returns, once all steps are taken."""
+        config, samplers = self.generation_config, [r.sampler for r in self.requests]
+        cache = None
+        if self.past is not None or config.return_dict_in_generate:
+            cache = export_cache(self.target.cache, self.target.model, self.past, self.starts)
+        pad, end = _first(config._pad_token_tensor), max(s.length for s in samplers)
+        texts = [torch.nn.functional.pad(s.text[0], (0, end - s.length), value=pad) for s in samplers]
+        sequences = torch.stack(texts)  # (batch, length)
+        if not config.return_dict_in_generate:
+            return sequences
+        return GenerateDecoderOnlyOutput(
+            sequences=sequences,
+            scores=_stack([s.scores for s in samplers]) if config.output_scores else None,
+            logits=_stack([s.logits for s in samplers]) if config.output_logits else None,
+            past_key_values=cache,
+        )
+
+
+def generate(
+    model: PreTrainedModel,
+    inputs: torch.Tensor | None = None,
+    *,
+    lookahead: LookaheadConfig | LookaheadDecoding | None = None,
+    seeds: Sequence[int] | None = None,
+    streamer: BaseStreamer | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **kwargs: Any,
+) -> GenerateDecoderOnlyOutput | torch.Tensor:
+    """`model.generate` with lookahead decoding: the same arguments, the same tokens, fewer forwards.
+
+    Args:
+        model: any causal language model that can take a token tree.
+        lookahead: the configuration, or a `LookaheadDecoding` whose `stats` are then filled.
+        seeds: one per sequence, for sampling (see `LookaheadDecoding`).
+        kwargs: everything else that `model.generate` takes.
+
+    Returns:
+        What `model.generate` returns: token ids (batch, length), or a `GenerateDecoderOnlyOutput`. Scores and logits of
+        a sequence that ended before others are zero from there on.
+
+    Raises:
+        TypeError, ValueError: an argument that is wrong or cannot be honoured; the message says what to do.
+    """
+    base = lookahead if isinstance(lookahead, LookaheadDecoding) else LookaheadDecoding(lookahead)
+    decoding = LookaheadDecoding(
+        base.config,
+        streamer=streamer if streamer is not None else base.streamer,
+        tokenizer=tokenizer if tokenizer is not None else base.tokenizer,
+        seeds=seeds if seeds is not None else base.seeds,
+        propose=base.propose,
+    )
+    decoding.stop_strings = base.stop_strings
+    try:
+        result: GenerateDecoderOnlyOutput | torch.Tensor = call_generate(
+            model, decoding, decoding, inputs=inputs, **kwargs
+        )
+        return result
+    finally:
+        base.stats, base.finish_reasons = decoding.stats, decoding.finish_reasons
+
+
+def call_generate(model: PreTrainedModel, decoding: LookaheadDecoding, loop: Any, **kwargs: Any) -> Any:
+    """Call `model.generate` with `loop` as its decoding loop, and what it would keep from it in `decoding`.
+
+    Args:
+        decoding: takes the stop strings, for which it needs its tokenizer.
+        loop: `decoding` itself, or its `prepare`.
+        kwargs: everything that `model.generate` takes.
+    """
+    for name in ("assistant_model", "synced_gpus", "custom_generate"):
+        if kwargs.pop(name, None):
+            raise ValueError(f"{name}: {GENERATE_PARAMETERS[name]}")
+    if kwargs.pop("assistant_tokenizer", None) is not None:
+        raise ValueError(f"assistant_tokenizer: {_ASSISTED}")
+    if kwargs.get("cache_implementation") == "paged":
+        raise ValueError("cache_implementation='paged' is continuous batching: use model.generate_batch")
+    config = kwargs.get("generation_config")
+    stops = kwargs.pop("stop_strings", None)
+    if stops is None and config is not None and config.stop_strings is not None:
+        stops = config.stop_strings
+        kwargs["generation_config"] = copy.deepcopy(config)
+        kwargs["generation_config"].stop_strings = None
+    if stops is not None:
+        if decoding.tokenizer is None:
+            raise ValueError("stop_strings needs the tokenizer: pass tokenizer= as well")
+        decoding.stop_strings = [stops] if isinstance(stops, str) else list(stops)
+    if model.generation_config.stop_strings is not None:
+        raise ValueError(
+            "the model's generation config sets stop_strings: set model.generation_config.stop_strings = None and pass "
+            "stop_strings= and tokenizer="
+        )
+    return model.generate(custom_generate=loop, **kwargs)
+
+
+def _refuse(model: PreTrainedModel, config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+    if model.config.is_encoder_decoder:
+        raise ValueError("encoder-decoder models are not supported: use model.generate")
+    for name, reason in GENERATION_CONFIG_FIELDS.items():
+        value = getattr(config, name, None)
+        if reason in (_HONOURED, _IRRELEVANT) or value in _SILENT.get(name, (None, False)):
+            continue
+        if reason != _ENGINE:
+            raise ValueError(f"{name}={value!r}: {reason}")
+        if value != getattr(model.generation_config, name, None):
+            raise ValueError(f"{name}={value!r}: lookahead decoding brings its own cache and step; leave it out")
+    for name, value in model_kwargs.items():
+        if name not in _MODEL_INPUTS and value is not None and value is not False:
+            raise ValueError(f"{name}: lookahead decoding takes token ids and an attention mask only; leave it out")
+    if model_kwargs.get("use_cache") is False:
+        raise ValueError("use_cache=False: lookahead decoding needs a cache; leave it out")
+
+
+def _is_callers(past: Any) -> bool:
+    return bool(getattr(past, "_is_user_defined", False))
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Where one sequence of the batch stands.
+
+    Attributes:
+        start: left padding in front of it, in the columns of the mask.
+        skip: left padding in front of it, in the columns of the ids.
+        cached: tokens of the ids that the caller's cache holds already.
+    """
+
+    start: int
+    skip: int
+    cached: int
+
+
+def _layout(ids: torch.Tensor, model_kwargs: dict[str, Any], past: Any, config: GenerationConfig) -> list[_Row]:
+    """One row per sequence; with a caller's cache the ids are either the whole text or what is new of it."""
+    if past is not None and type(past) is not DynamicCache:
+        raise ValueError(f"past_key_values must be a DynamicCache, got {type(past).__name__}")
+    covered = past.get_seq_length() if past is not None else 0
+    mask, length = model_kwargs.get("attention_mask"), ids.shape[1]
+    total = mask.shape[1] if mask is not None else getattr(config, "_mask_length", length)
+    starts = [0] * len(ids)
+    if mask is not None:
+        starts = mask.ne(0).int().argmax(dim=1).tolist()
+        for row, start in enumerate(starts):
+            if not bool(mask[row, start:].all()):
+                raise ValueError(f"attention_mask must pad on the left only; row {row} has zeros after its first token")
+    if total not in (length, covered + length):
+        raise ValueError(f"past_key_values holds {covered} tokens, which fits neither the ids nor the mask")
+    whole = total == length
+    if whole and covered >= length:
+        raise ValueError(f"past_key_values covers all {length} tokens: give at least one new one")
+    positions = model_kwargs.get("position_ids")
+    if positions is not None and positions.ndim == 2 and positions.shape[1] <= total:
+        first = torch.tensor(starts, device=positions.device)[:, None]
+        wanted = torch.arange(total, device=positions.device)[None] - first  # (batch, total)
+        wanted = wanted[:, total - positions.shape[1] :]
+        if bool((positions.ne(wanted) & wanted.ge(0)).any()):
+            raise ValueError("position_ids: only those that follow the attention mask are supported; leave it out")
+    return [_Row(s, s if whole else 0, max(0, covered - s) if whole else 0) for s in starts]
+
+
+def _requests(
+    decoding: LookaheadDecoding,
+    ids: torch.Tensor,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    rows: list[_Row],
+) -> list[Request]:
+    max_length = criteria.max_length
+    if max_length is None:
+        raise ValueError("the request has no end: give max_new_tokens")
+    batch = len(ids)
+    stop_ids = {t for c in criteria if type(c) is EosTokenCriteria for t in c.eos_token_id.tolist()}
+    others = [c for c in criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria)]
+    generators = _generators(decoding.seeds, batch, bool(config.do_sample), ids.device)
+    pad = config._pad_token_tensor
+    requests = []
+    for row, (place, generator) in enumerate(zip(rows, generators, strict=True)):
+        own = batch == 1
+        sampler = Sampler(
+            ids[row : row + 1],
+            max_length,
+            stop_ids=tuple(stop_ids),
+            processors=list(processors) if own else [_for_row(p, row, batch) for p in processors],
+            criteria=others if own else [_copied(c) for c in others],
+            do_sample=bool(config.do_sample),
+            generator=generator,
+            keep_scores=bool(config.return_dict_in_generate and config.output_scores),
+            keep_logits=bool(config.return_dict_in_generate and config.output_logits),
+        )
+        prompt = tuple(ids[row, place.skip :].tolist())
+        barred = frozenset(stop_ids | ({_first(pad)} if pad is not None and stop_ids else set()))
+        requests.append(Request(prompt, sampler, max_length - place.skip, barred, decoding.propose, place.cached))
+    return requests
+
+
+def _generators(
+    seeds: list[int] | None, batch: int, do_sample: bool, device: torch.device
+) -> list[torch.Generator | None]:
+    if seeds is not None and len(seeds) != batch:
+        raise ValueError(f"seeds must have one entry per sequence, {batch} here, got {len(seeds)}")
+    if not do_sample or (seeds is None and batch == 1):
+        return [None] * batch
+    if seeds is None:
+        seeds = torch.randint(2**62, (batch,)).tolist()
+    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+
+def _copied(item: Any) -> Any:
+    try:
+        return copy.deepcopy(item)
+    except Exception as error:
+        raise ValueError(
+            f"{type(item).__name__} cannot be copied ({error}), and each sequence of a batch needs its own: decode "
+            "the sequences one by one"
+        ) from error
+
+
+def _for_row(processor: Any, row: int, batch: int) -> Any:
+    """A processor's copy for one sequence of a batch: `generate` builds some of them with a state per sequence."""
+    if isinstance(processor, PrefixConstrainedLogitsProcessor):
+        allowed = processor._prefix_allowed_tokens_fn
+        return PrefixConstrainedLogitsProcessor(lambda _, text: allowed(row, text), 1)
+    own = _copied(processor)
+    if isinstance(own, RepetitionPenaltyLogitsProcessor):
+        for name, value in vars(own).items():
+            if isinstance(value, torch.Tensor) and value.ndim and len(value) == batch:
+                setattr(own, name, value[row : row + 1])
+    elif isinstance(own, EncoderRepetitionPenaltyLogitsProcessor):
+        own.encoder_input_ids = own.encoder_input_ids[row : row + 1]
+    elif isinstance(own, EncoderNoRepeatNGramLogitsProcessor):
+        own.generated_ngrams, own.batch_size = own.generated_ngrams[row : row + 1], 1
+    return own
+
+
+def _first(tensor: torch.Tensor | None) -> int:
+    return int(tensor.flatten()[0]) if tensor is not None else 0
+
+
+def _stack(rows: list[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+    """Per-sequence rows, (1, vocab) each, to one (batch, vocab) per emitted token."""
+    blank = torch.zeros_like(rows[0][0])
+    return tuple(torch.cat([row[i] if i < len(row) else blank for row in rows]) for i in range(max(map(len, rows))))

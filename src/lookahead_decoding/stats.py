@@ -1,0 +1,81 @@
+"""What a call did, counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .lookahead import Choice
+from .tree import TokenTree
+
+PHASES = ("plan", "forward", "choose", "observe", "commit")
+
+
+@dataclass
+class Stats:
+    """Counts of one call of `generate`, over all its sequences.
+
+    A forward is one call of the target, prefill included, and a step is a forward after prefill. With several
+    sequences a forward serves all of them, so the ratios count each sequence's own steps and forwards.
+
+    Attributes:
+        sequences: sequences of the call.
+        tokens: tokens emitted.
+        forwards: forwards of the target.
+        sequence_forwards: the same, counted once per sequence that still ran.
+        accepted: draft tokens that matched and were kept.
+        drafted: draft tokens put up for verification.
+        rows: nodes fed in steps, padding included.
+        seconds: time in prefill and in each part of a step, by name.
+    """
+
+    sequences: int = 0
+    tokens: int = 0
+    forwards: int = 0
+    sequence_forwards: int = 0
+    accepted: int = 0
+    drafted: int = 0
+    rows: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("prefill", *PHASES), 0.0))
+
+    def count(self, trees: Sequence[TokenTree | None], choices: Sequence[Choice | None]) -> None:
+        """Add one forward: the trees that were fed and what came of each."""
+        live = [(tree, choice) for tree, choice in zip(trees, choices, strict=True) if tree and choice]
+        if self.forwards:
+            self.rows += len(trees) * max(len(tree) for tree, _ in live)
+        self.sequences = max(self.sequences, len(trees))
+        self.forwards += 1
+        self.sequence_forwards += len(live)
+        self.tokens += sum(len(choice.tokens) for _, choice in live)
+        self.accepted += sum(len(choice.path) - 1 for _, choice in live)
+        self.drafted += sum(len(tree) - tree.first_candidate for tree, _ in live)
+
+    @property
+    def steps(self) -> int:
+        """Forwards after prefill."""
+        return max(0, self.forwards - 1)
+
+    @property
+    def sequence_steps(self) -> int:
+        """Forwards after prefill, counted once per sequence that still ran."""
+        return self.sequence_forwards - self.sequences
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens per step and sequence, bonus token included, prefill's left out; 1.0 is plain decoding."""
+        return (self.tokens - self.sequences) / self.sequence_steps if self.sequence_steps else 1.0
+
+    @property
+    def accepted_per_step(self) -> float:
+        """Accepted draft tokens per step and sequence."""
+        return self.accepted / self.sequence_steps if self.sequence_steps else 0.0
+
+    @property
+    def step_compression(self) -> float:
+        """Tokens per forward and sequence, prefill included: the paper's S."""
+        return self.tokens / self.sequence_forwards if self.sequence_forwards else 1.0
+
+    @property
+    def rows_per_step(self) -> float:
+        """Nodes fed per step, all sequences and padding included."""
+        return self.rows / self.steps if self.steps else 0.0

@@ -1,0 +1,103 @@
+"""Text in, text out: streams of decoded steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .config import LookaheadConfig
+from .hf import LookaheadDecoding, Run, call_generate
+from .lookahead import Propose
+from .stats import Stats
+
+
+@dataclass(frozen=True)
+class StreamStep:
+    """What one step gave.
+
+    Attributes:
+        text: characters that became final; the texts of all steps joined are the decoded output.
+        token_ids: tokens the step emitted, one or more. A character may span tokens, so text can lag behind them.
+        stats: counts so far (one object, updated as the stream goes on).
+        finish_reason: "stop" or "length" in the last step, None before.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    stats: Stats
+    finish_reason: str | None
+
+
+class Detokenizer:
+    """Turns tokens into final text, as they come.
+
+    Decodes the whole output each time, so that a tokenizer's own rules about spaces apply, and holds back the end
+    while it may still change: an unfinished character decodes to U+FFFD.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._sent = 0
+
+    def add(self, ids: Sequence[int], last: bool = False) -> str:
+        """Characters that became final with `ids`; with `last`, all that are left."""
+        self._ids += ids
+        text = decode_text(self._tokenizer, self._ids)
+        end = len(text) if last else len(text.rstrip("\ufffd"))
+        new = text[self._sent : end]
+        self._sent = max(self._sent, end)
+        return new
+
+
+def decode_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of output tokens, special tokens left out and spaces as the model wrote them."""
+    text: str = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text
+
+
+def stream(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | Sequence[int],
+    *,
+    lookahead: LookaheadConfig | None = None,
+    seed: int | None = None,
+    propose: Propose | None = None,
+    **kwargs: Any,
+) -> Iterator[StreamStep]:
+    """Generate from one prompt, a step at a time.
+
+    To cancel, stop asking: nothing runs between two steps, and several streams on one model may take turns.
+
+    Args:
+        prompt: text, or token ids.
+        lookahead: W, N, G and the sources.
+        seed: for sampling; torch's own generator is used if left out.
+        kwargs: what `model.generate` takes, such as `max_new_tokens`, `do_sample` or `stop_strings`.
+
+    Raises:
+        TypeError, ValueError: an argument that is wrong or cannot be honoured.
+    """
+    ids = tokenizer(prompt).input_ids if isinstance(prompt, str) else list(prompt)
+    if not ids:
+        raise ValueError("the prompt is empty: give at least one token")
+    decoding = LookaheadDecoding(
+        lookahead, tokenizer=tokenizer, seeds=None if seed is None else [seed], propose=propose
+    )
+    input_ids = torch.tensor([ids], device=model.device)
+    run: Run = call_generate(
+        model, decoding, decoding.prepare, inputs=input_ids, attention_mask=torch.ones_like(input_ids), **kwargs
+    )
+    return _stream(run, Detokenizer(tokenizer))
+
+
+def _stream(run: Run, detokenizer: Detokenizer) -> Iterator[StreamStep]:
+    for (choice,) in run.steps():
+        assert choice is not None  # the one sequence runs until it ends
+        reason = run.finish_reasons[0] or None
+        yield StreamStep(detokenizer.add(choice.tokens, reason is not None), choice.tokens, run.stats, reason)

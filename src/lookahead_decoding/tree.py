@@ -1,0 +1,119 @@
+"""The token tree: the input of one step.
+
+Node 0, the root, is the current token. Every other node is a guess for the position after its parent's. A node sees the
+committed prefix, its ancestors and itself, so one forward evaluates every path from the root at once. Window nodes
+come first and candidate nodes after them; only candidate nodes are walked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TokenTree:
+    """Tokens with their structure.
+
+    Attributes:
+        tokens: token id of each node.
+        parents: parent of each node; -1 for the root. Parents stand before their children.
+        last_row: nodes of the window's last row, left to right; their next tokens are the window's new row.
+        first_candidate: nodes from here on are candidates, the ones before are the root and the window.
+
+    Raises:
+        ValueError: the sizes differ, or a parent does not stand before its child.
+    """
+
+    tokens: tuple[int, ...]
+    parents: tuple[int, ...]
+    last_row: tuple[int, ...] = ()
+    first_candidate: int = 1
+
+    def __post_init__(self) -> None:
+        if len(self.tokens) != len(self.parents) or not self.tokens:
+            raise ValueError(f"a tree needs as many parents as tokens, got {len(self.parents)} and {len(self.tokens)}")
+        if self.parents[0] != -1 or any(not 0 <= p < i for i, p in enumerate(self.parents) if i):
+            raise ValueError("the root's parent is -1, and every other parent stands before its child")
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def depths(self) -> list[int]:
+        """Distance of each node from the root: its position id is the root's plus this."""
+        depths = [0] * len(self.tokens)
+        for node in range(1, len(depths)):
+            depths[node] = depths[self.parents[node]] + 1
+        return depths
+
+    @property
+    def mask(self) -> list[int]:
+        """Ancestors-or-self of each node, as the bits of an integer: bit j of entry i says that i sees j."""
+        seen = [1] * len(self.tokens)
+        for node in range(1, len(seen)):
+            seen[node] = seen[self.parents[node]] | 1 << node
+        return seen
+
+    @property
+    def scored(self) -> list[int]:
+        """Nodes whose next tokens the step needs: the root, the window's last row and the candidates."""
+        return [0, *(n for n in self.last_row if n), *range(self.first_candidate, len(self.tokens))]
+
+    def child(self, node: int, token: int) -> int | None:
+        """The candidate node under `node` that holds `token`, or None."""
+        for other in range(max(self.first_candidate, node + 1), len(self.tokens)):
+            if self.parents[other] == node and self.tokens[other] == token:
+                return other
+        return None
+
+
+def build_tree(
+    root: int,
+    window: Sequence[Sequence[int]] = (),
+    candidates: Iterable[Sequence[int]] = (),
+    *,
+    max_depth: int = 1 << 30,
+    max_rows: int = 1 << 30,
+) -> TokenTree:
+    """The tree of one step (the paper's figure 3, as a tree).
+
+    Row 0 of the window continues the root to the right; each further row hangs under the row above it, so that column
+    i read downward is a chain. Row 0 column 0 is the root itself. Candidates hang under the root and share
+    their common prefixes.
+
+    Args:
+        root: the current token.
+        window: rows of equal length, oldest first; the first token of row 0 is ignored in favour of `root`.
+        candidates: draft tokens of each candidate.
+        max_depth: nodes deeper than this are left out.
+        max_rows: candidates stop at this many nodes.
+    """
+    tokens, parents = [root], [-1]
+    above: list[int] = []
+    for depth, row in enumerate(window):
+        nodes: list[int] = []
+        for column, token in enumerate(row):
+            if depth + column > max_depth:
+                break
+            if depth == 0 and column == 0:
+                nodes.append(0)
+                continue
+            parents.append(above[column] if depth else nodes[-1])
+            nodes.append(len(tokens))
+            tokens.append(token)
+        above = nodes
+    first_candidate = len(tokens)
+    children: dict[tuple[int, int], int] = {}
+    for candidate in candidates:
+        node = 0
+        for token in candidate[:max_depth]:
+            known = children.get((node, token))
+            if known is None:
+                if len(tokens) >= max_rows:
+                    break
+                known = children[node, token] = len(tokens)
+                tokens.append(token)
+                parents.append(node)
+            node = known
+    return TokenTree(tuple(tokens), tuple(parents), tuple(above), first_candidate)
