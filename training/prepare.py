@@ -119,9 +119,9 @@ def functions(text: str) -> list[str]:
         nodes = ast.parse(text).body
     found = []
     for node in nodes:
-        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) and node.end_lineno:
-            if 6 <= node.end_lineno - node.lineno <= 60:
-                found.append("".join(lines[node.lineno - 1 : node.end_lineno]).rstrip() + "\n")
+        documented = isinstance(node, ast.FunctionDef) and ast.get_docstring(node)
+        if documented and 6 <= (node.end_lineno or 0) - node.lineno <= 60:
+            found.append("".join(lines[node.lineno - 1 : node.end_lineno]).rstrip() + "\n")
     return found
 
 

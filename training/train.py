@@ -126,7 +126,8 @@ def main() -> None:
         torch.save(state, checkpoint.with_suffix(".new"))
         checkpoint.with_suffix(".new").rename(checkpoint)
 
-    loss_of(batches.draw(args.batch, CONTEXT, args.functions_share)).backward()  # compile outside the schedule
+    warm_up = batches.draw(args.batch, CONTEXT, args.functions_share)
+    torch.autograd.backward(loss_of(warm_up))  # compile outside the schedule
     model.zero_grad()
     began, saved_at, shown, losses = time.monotonic() - 60 * spent, spent, -1.0, []
     while spent < args.minutes:
@@ -134,7 +135,7 @@ def main() -> None:
         length = args.short_context if progress < SHORT_SHARE else CONTEXT
         ids = batches.draw(args.batch * CONTEXT // length, length, args.functions_share)
         loss = loss_of(ids)
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for stepper in steppers:
             for group in stepper.param_groups:

@@ -19,8 +19,9 @@ def tree_mask(
 ) -> torch.Tensor:
     """The additive mask of a step over cache slots, 0 where a node sees and the lowest number where not.
 
-    Sequence b's committed tokens fill slots 0 to `lengths[b]`, and node j of its tree slot `lengths[b] + j`. A node sees
-    the committed slots, its ancestors and itself. Rows past the end of a tree are padding and see themselves alone.
+    Sequence b's committed tokens fill slots 0 to `lengths[b]`, and node j of its tree slot `lengths[b] + j`. A node
+    sees the committed slots, its ancestors and itself. Rows past the end of a tree are padding: they see the
+    committed slots and themselves.
 
     Args:
         trees: one per sequence; None where the sequence has ended.

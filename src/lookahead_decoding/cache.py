@@ -1,8 +1,8 @@
 """Keys and values of a batch whose sequences grow by different amounts.
 
-Every layer's buffers are allocated once, for the length that the request can reach plus one tree. A step writes its rows
-behind each sequence's committed tokens, and `commit` moves the accepted rows to the front of them. Nothing is
-concatenated, and no cost grows with the context.
+Every layer's buffers are allocated once, for the length that the request can reach plus one tree. A step writes its
+rows behind each sequence's committed tokens, and `commit` moves the accepted rows to the front of them. Nothing
+is concatenated, and no cost grows with the context.
 
 Sequences are stored without their left padding: slot and position are the same number.
 """

@@ -37,7 +37,7 @@ from .config import LookaheadConfig
 from .decode import Request, decode
 from .lookahead import Choice, Propose, max_rows
 from .stats import Stats
-from .target import Target, export_cache
+from .target import Target, check, export_cache
 
 # What we do with each field of GenerationConfig. "honoured": exactly as `generate` does. "engine": it chooses how
 # plain decoding runs, not what it says; ours replaces a default of the model's files, and what a caller asks for is
@@ -177,7 +177,16 @@ class LookaheadDecoding:
         **model_kwargs: Any,
     ) -> Run:
         """Everything before the first forward: also a `custom_generate`, for who drives the steps himself."""
+        check(model)
         _refuse(model, generation_config, model_kwargs)
+        if not input_ids.shape[1]:
+            raise ValueError("input_ids: the prompt is empty; give at least one token")
+        context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if context is not None and input_ids.shape[1] > context:
+            raise ValueError(
+                f"input_ids: the prompt has {input_ids.shape[1]:,} tokens and the model's context is {context:,}; "
+                "shorten it"
+            )
         if self.streamer is not None and len(input_ids) > 1:
             raise ValueError(f"a streamer takes one sequence, got {len(input_ids)}: stream them one by one")
         if self.stop_strings:
@@ -323,8 +332,6 @@ def call_generate(model: PreTrainedModel, decoding: LookaheadDecoding, loop: Any
 
 
 def _refuse(model: PreTrainedModel, config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
-    if model.config.is_encoder_decoder:
-        raise ValueError("encoder-decoder models are not supported: use model.generate")
     for name, reason in GENERATION_CONFIG_FIELDS.items():
         value = getattr(config, name, None)
         if reason in (_HONOURED, _IRRELEVANT) or value in _SILENT.get(name, (None, False)):

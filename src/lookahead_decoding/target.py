@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,6 +21,9 @@ _probed: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
 
 SINGLE = TokenTree((0,), (-1,))
 """The tree of a sequence's last prompt token, which prefill evaluates."""
+
+STRANGE_WINDOW = re.compile(r"^(?!(use)?_?sliding_window|max_window_layers|chunk_size_feed_forward).*(window|chunk)")
+"""Names of settings that say a layer does not see every position, other than those we read."""
 
 WINDOWS = {
     "full_attention": None,
@@ -174,6 +178,9 @@ def _probe(model: PreTrainedModel) -> str:
     if model.config.is_encoder_decoder:
         return "it is an encoder-decoder"
     config = model.config.get_text_config(decoder=True)
+    strange = sorted(n for n, v in vars(config).items() if STRANGE_WINDOW.search(n) and isinstance(v, int) and v > 1)
+    if strange:
+        return f"its configuration has {', '.join(strange)}, an attention window of a kind that is not understood"
     if config._attn_implementation not in ("eager", "sdpa"):
         return (
             f"its attention is {config._attn_implementation!r}, which takes no mask; load it with "

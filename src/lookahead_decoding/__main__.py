@@ -1,0 +1,5 @@
+"""`python -m lookahead_decoding` is the `lookahead` command."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,518 @@
+"""The command line: `lookahead generate | chat | verify | demo`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import Progress, track
+from rich.table import Table
+from rich.text import Text
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from . import __version__, pocket_path
+from .config import PLAIN, SOURCES, LookaheadConfig
+from .exactness import compare
+from .hf import LookaheadDecoding, Run, call_generate
+from .target import check
+from .text import Detokenizer, decode_text, stream
+
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+DEMO_PROMPTS = (
+    "def fibonacci(n):\n    ",
+    'class Stack:\n    """A stack with push and pop."""\n\n    def __init__(self):\n',
+    "import argparse\n\n\ndef main():\n    parser = argparse.ArgumentParser(",
+)
+STEP_COLOURS = ("cyan", "yellow", "magenta", "green")
+
+
+class Problem(click.ClickException):
+    """Something the user can mend: one line, exit code 2."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One prompt's result, as `--json` prints it."""
+
+    output_ids: list[int]
+    text: str
+    prompt_tokens: int
+    tokens: int
+    steps: int
+    mean_acceptance_length: float
+    seconds: float
+    tokens_per_second: float
+    finish_reason: str
+
+
+def load(name: str, dtype: str, device: str | None, trust: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer by 'pocket', a folder, or a hub id."""
+    path = pocket_path() if name == "pocket" else name
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
+    if looks_local and not Path(path).expanduser().is_dir():
+        raise Problem(f"no model folder at {name!r}")
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust).to(where)
+    except Exception as error:  # a broken folder fails in as many ways as there are files in it
+        raise Problem(f"cannot load a model from {name!r}: {_first_line(error)}") from error
+    try:
+        check(model.eval())
+    except ValueError as error:
+        raise Problem(str(error)) from error
+    return model, tokenizer
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def read_prompts(path: Path, field: str, limit: int | None = None) -> list[str]:
+    """The prompts of a JSONL file."""
+    prompts: list[str] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if limit is not None and len(prompts) == limit:
+            break
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise Problem(f"{path}, line {number}: not JSON ({error.msg})") from error
+        if not isinstance(record, dict) or not isinstance(record.get(field), str):
+            raise Problem(f"{path}, line {number}: no text in field {field!r} (choose one with --field)")
+        prompts.append(record[field])
+    if not prompts:
+        raise Problem(f"{path}: no prompts in it")
+    return prompts
+
+
+def encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, which: str) -> list[int]:
+    """Token ids of a prompt that fits the model's context."""
+    ids: list[int] = tokenizer(prompt).input_ids
+    if not ids:
+        raise Problem(f"{which} is empty: give at least one token")
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if context is not None and len(ids) >= context:
+        raise Problem(f"{which} has {len(ids):,} tokens, and the model's context is {context:,}: shorten it")
+    return ids
+
+
+def room(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
+    """New tokens that the context leaves room for."""
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return max_new_tokens if context is None else min(max_new_tokens, context - max(map(len, prompts)))
+
+
+def sampling(temperature: float, top_k: int | None = None, top_p: float | None = None) -> dict[str, Any]:
+    """What `generate` takes: greedy at temperature 0, whatever the model's generation config says."""
+    if temperature == 0:
+        return {"do_sample": False}
+    options: dict[str, Any] = {"do_sample": True, "temperature": temperature}
+    return options | {k: v for k, v in (("top_k", top_k), ("top_p", top_p)) if v is not None}
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    decoding: LookaheadDecoding,
+    options: dict[str, Any],
+    on_step: Callable[[tuple[int, ...]], None] = lambda tokens: None,
+) -> list[Answer]:
+    """Generate for a batch of prompts, counting each one's own steps."""
+    longest = max(map(len, prompts))
+    fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    ids = torch.tensor([[*[fill] * (longest - len(p)), *p] for p in prompts], device=model.device)
+    mask = torch.tensor([[*[0] * (longest - len(p)), *[1] * len(p)] for p in prompts], device=model.device)
+    start = perf_counter()
+    run: Run = call_generate(model, decoding, decoding.prepare, inputs=ids, attention_mask=mask, **options)
+    outputs: list[list[int]] = [[] for _ in prompts]
+    forwards = [0] * len(prompts)
+    for choices in run.steps():
+        for b, choice in enumerate(choices):
+            if choice is not None:
+                outputs[b] += choice.tokens
+                forwards[b] += 1
+        if choices[0] is not None:
+            on_step(choices[0].tokens)
+    seconds = perf_counter() - start
+    return [
+        Answer(
+            output_ids=output,
+            text=decode_text(tokenizer, output),
+            prompt_tokens=len(prompt),
+            tokens=len(output),
+            steps=count - 1,
+            mean_acceptance_length=round((len(output) - 1) / (count - 1), 4) if count > 1 else 1.0,
+            seconds=round(seconds, 4),
+            tokens_per_second=round(len(output) / seconds, 2),
+            finish_reason=reason,
+        )
+        for prompt, output, count, reason in zip(prompts, outputs, forwards, run.finish_reasons, strict=True)
+    ]
+
+
+def _model_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in (
+        click.argument("model"),
+        click.option("--device", help="Such as cpu or cuda:0. Default: the first GPU if there is one."),
+        click.option("--trust-remote-code", is_flag=True, help="Run the code that comes with the model."),
+    ):
+        command = option(command)
+    return command
+
+
+def _lookahead_options(command: Callable[..., None]) -> Callable[..., None]:
+    default = LookaheadConfig()
+    for option in (
+        click.option("-W", "--window-size", default=default.window_size, show_default=True),
+        click.option("-N", "--ngram-size", default=default.ngram_size, show_default=True),
+        click.option("-G", "--verification-set-size", default=default.verification_set_size, show_default=True),
+        click.option("--sources", default=",".join(SOURCES), show_default=True, help="Separated by commas."),
+    ):
+        command = option(command)
+    return command
+
+
+def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in (
+        click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True),
+        click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy."),
+        click.option("--top-k", type=click.IntRange(0)),
+        click.option("--top-p", type=click.FloatRange(0, 1, min_open=True)),
+        click.option("--seed", type=int, default=0, show_default=True),
+    ):
+        command = option(command)
+    return command
+
+
+def config_of(window_size: int, ngram_size: int, verification_set_size: int, sources: str) -> LookaheadConfig:
+    names = tuple(name.strip() for name in sources.split(",") if name.strip())
+    try:
+        return LookaheadConfig(window_size, ngram_size, verification_set_size, names)
+    except (TypeError, ValueError) as error:
+        raise Problem(str(error)) from error
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def cli() -> None:
+    """Exact lookahead decoding: the same text in fewer steps.
+
+    MODEL is 'pocket' (a small model that ships with the package), a local folder, or a hub id.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+@cli.command()
+@_model_options
+@click.option("-p", "--prompt", help="One prompt. Standard input if neither this nor --prompts is given.")
+@click.option("--prompts", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A JSONL file.")
+@click.option("--field", default="prompt", show_default=True, help="The field of --prompts that holds the text.")
+@click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--stop", multiple=True, help="Text that ends the answer; may be repeated.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
+@_sampling_options
+@_lookahead_options
+@click.option("--plain", is_flag=True, help="Decode plainly, for comparison.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per prompt, and nothing else.")
+def generate(
+    model: str,
+    device: str | None,
+    trust_remote_code: bool,
+    prompt: str | None,
+    prompts: Path | None,
+    field: str,
+    batch_size: int,
+    stop: tuple[str, ...],
+    dtype: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+    window_size: int,
+    ngram_size: int,
+    verification_set_size: int,
+    sources: str,
+    plain: bool,
+    as_json: bool,
+) -> None:
+    """Continue one prompt, or every prompt of a file."""
+    config = PLAIN if plain else config_of(window_size, ngram_size, verification_set_size, sources)
+    if prompt is not None and prompts is not None:
+        raise Problem("--prompt and --prompts exclude each other: give one of them")
+    if prompt is None and prompts is None:
+        prompt = sys.stdin.read()
+    texts = read_prompts(prompts, field) if prompts else [prompt or ""]
+    target, tokenizer = load(model, dtype, device, trust_remote_code)
+    encoded = [
+        encode(target, tokenizer, text, f"prompt {i}" if prompts else "the prompt") for i, text in enumerate(texts, 1)
+    ]
+    options = sampling(temperature, top_k, top_p)
+    if stop:
+        options["stop_strings"] = list(stop)
+    watching = sys.stderr.isatty() and len(encoded) > 1
+    with Progress(console=Console(stderr=True), disable=not watching) as progress:
+        task = progress.add_task("prompts", total=len(encoded))
+        for first in range(0, len(encoded), batch_size):
+            batch = encoded[first : first + batch_size]
+            seeds = [seed + first + i for i in range(len(batch))]
+            decoding = LookaheadDecoding(config, tokenizer=tokenizer, seeds=seeds)
+            length = room(target, batch, max_new_tokens)
+            printer = _Printer(tokenizer, enabled=not as_json and len(encoded) == 1)
+            try:
+                answers = answer(
+                    target, tokenizer, batch, decoding, {**options, "max_new_tokens": length}, printer.step
+                )
+            except (TypeError, ValueError) as error:
+                raise Problem(_first_line(error)) from error
+            progress.advance(task, len(batch))
+            for text, one in zip(texts[first:], answers, strict=False):
+                if as_json:
+                    print(json.dumps(vars(one), ensure_ascii=False), flush=True)
+                elif printer.enabled:
+                    printer.end(one)
+                else:
+                    print(f"{text}{one.text}\n", flush=True)
+
+
+class _Printer:
+    """Shows one answer while it comes."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, enabled: bool) -> None:
+        self.enabled = enabled
+        self._detokenizer = Detokenizer(tokenizer)
+
+    def step(self, tokens: tuple[int, ...]) -> None:
+        if self.enabled:
+            print(self._detokenizer.add(tokens), end="", flush=True)
+
+    def end(self, one: Answer) -> None:
+        print(self._detokenizer.add((), last=True), flush=True)
+        if sys.stderr.isatty():
+            line = f"{one.tokens} tokens in {one.steps} steps, {one.tokens_per_second:.1f} tokens/s"
+            print(f"[{line}, {one.finish_reason}]", file=sys.stderr)
+
+
+@cli.command()
+@_model_options
+@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
+@_sampling_options
+@_lookahead_options
+def chat(
+    model: str,
+    device: str | None,
+    trust_remote_code: bool,
+    dtype: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+    window_size: int,
+    ngram_size: int,
+    verification_set_size: int,
+    sources: str,
+) -> None:
+    """Talk with a model. Ctrl-C stops an answer, Ctrl-D or an empty line ends the talk.
+
+    Uses the tokenizer's chat template; without one, the model continues the text so far.
+    """
+    config = config_of(window_size, ngram_size, verification_set_size, sources)
+    target, tokenizer = load(model, dtype, device, trust_remote_code)
+    messages: list[dict[str, str]] = []
+    plain_text = ""
+    for line in _lines():
+        messages.append({"role": "user", "content": line})
+        if tokenizer.chat_template:
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True).input_ids
+        else:
+            ids = tokenizer(plain_text + line).input_ids
+        context = getattr(target.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if context is not None and len(ids) >= context:
+            print(f"[the talk has {len(ids):,} tokens, and the model's context is {context:,}: starting afresh]")
+            messages, plain_text = [], ""
+            continue
+        length = room(target, [ids], max_new_tokens)
+        said = ""
+        try:
+            options = sampling(temperature, top_k, top_p)
+            for step in stream(target, tokenizer, ids, lookahead=config, seed=seed, max_new_tokens=length, **options):
+                said += step.text
+                print(step.text, end="", flush=True)
+        except KeyboardInterrupt:
+            print(" [stopped]", end="")
+        except (TypeError, ValueError) as error:
+            raise Problem(_first_line(error)) from error
+        print(flush=True)
+        messages.append({"role": "assistant", "content": said})
+        plain_text += line + said
+
+
+def _lines() -> Iterator[str]:
+    """What the user says, until an empty line or the end of the input."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except (EOFError, KeyboardInterrupt):
+            return
+        if not line:
+            return
+        yield line
+
+
+@cli.command()
+@_model_options
+@click.option("--prompts", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True)
+@click.option("--field", default="prompt", show_default=True)
+@click.option("--limit", type=click.IntRange(1), help="Only the first prompts.")
+@click.option("--dtype", type=click.Choice(DTYPES[1:]), default="float32", show_default=True)
+@_sampling_options
+@_lookahead_options
+def verify(
+    model: str,
+    device: str | None,
+    trust_remote_code: bool,
+    prompts: Path,
+    field: str,
+    limit: int | None,
+    dtype: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+    window_size: int,
+    ngram_size: int,
+    verification_set_size: int,
+    sources: str,
+) -> None:
+    """Compare with plain decoding, token by token, prompt by prompt.
+
+    Prints how many outputs are identical to `model.generate`, and each first divergence with its margin. Exit code 1
+    where one is a bug by the contract in docs/exactness.md.
+    """
+    config = config_of(window_size, ngram_size, verification_set_size, sources)
+    texts = read_prompts(prompts, field, limit)
+    target, tokenizer = load(model, dtype, device, trust_remote_code)
+    encoded = [encode(target, tokenizer, text, f"prompt {i}") for i, text in enumerate(texts, 1)]
+    divergences = []
+    console = Console(stderr=True)
+    for i, ids in enumerate(track(encoded, "verifying", console=console, disable=not sys.stderr.isatty()), 1):
+        options = sampling(temperature, top_k, top_p) | {"max_new_tokens": room(target, [ids], max_new_tokens)}
+        decoding = LookaheadDecoding(config)
+        try:
+            found = compare(target, torch.tensor([ids], device=target.device), decoding, seed + i - 1, **options)
+        except (TypeError, ValueError) as error:
+            raise Problem(_first_line(error)) from error
+        if found is not None:
+            divergences.append(found)
+            verdict = "near-tie" if found.near_tie else "BUG"
+            print(
+                f"prompt {i}: differs after {found.position} tokens, margin {found.margin:.2e} "
+                f"(bound {found.bound:.2e}): {verdict}"
+            )
+    print(f"identical {len(encoded) - len(divergences)}/{len(encoded)} in {dtype}")
+    if not all(d.near_tie for d in divergences):
+        raise SystemExit(1)
+
+
+@cli.command()
+@click.option("--max-new-tokens", type=click.IntRange(1), default=120, show_default=True)
+@_lookahead_options
+def demo(max_new_tokens: int, window_size: int, ngram_size: int, verification_set_size: int, sources: str) -> None:
+    """Watch pocket write Python, plain and with lookahead decoding, in float32 on the CPU.
+
+    Exit code 1 if the two texts differ.
+    """
+    config = config_of(window_size, ngram_size, verification_set_size, sources)
+    model, tokenizer = load("pocket", "float32", "cpu", False)
+    console = Console(highlight=False)
+    console.print("Each colour is one step: one forward of the model. Plain decoding gives one token per step.\n")
+    prompts = [tokenizer(p).input_ids for p in DEMO_PROMPTS]
+    options = {"do_sample": False, "max_new_tokens": max_new_tokens}
+    for warm in (PLAIN, config):
+        answer(model, tokenizer, prompts[:1], LookaheadDecoding(warm), {**options, "max_new_tokens": 16})
+    totals = {"plain": [0, 0, 0.0], "lookahead": [0, 0, 0.0]}
+    identical = True
+    for prompt, ids in zip(DEMO_PROMPTS, prompts, strict=True):
+        outputs = []
+        for name, settings in (("plain", PLAIN), ("lookahead", config)):
+            painter = _Painter(console, tokenizer, name)
+            painter.begin(prompt)
+            (one,) = answer(model, tokenizer, [ids], LookaheadDecoding(settings), options, painter.step)
+            painter.end()
+            outputs.append(one.output_ids)
+            totals[name][0] += one.tokens
+            totals[name][1] += one.steps
+            totals[name][2] += one.seconds - painter.seconds
+        identical &= outputs[0] == outputs[1]
+    table = Table("", "tokens", "steps", "mean acceptance length", "tokens/s", "speedup")
+    for name, (tokens, steps, seconds) in totals.items():
+        speed = tokens / seconds
+        ratio = speed / (totals["plain"][0] / totals["plain"][2])
+        length = (tokens - len(prompts)) / steps
+        table.add_row(name, str(tokens), str(steps), f"{length:.2f}", f"{speed:.0f}", f"{ratio:.2f}x")
+    console.print(table)
+    console.print(f"identical: {'yes' if identical else 'no'}")
+    if not identical:
+        raise SystemExit(1)
+
+
+class _Painter:
+    """Shows an answer while it comes, one colour per step; its own time is counted apart."""
+
+    def __init__(self, console: Console, tokenizer: PreTrainedTokenizerBase, title: str) -> None:
+        self._console = console
+        self._detokenizer = Detokenizer(tokenizer)
+        self._title = title
+        self._count = 0
+        self.seconds = 0.0
+
+    def begin(self, prompt: str) -> None:
+        self._console.print(Text(f"── {self._title} ", style="bold"))
+        self._console.print(Text(prompt, style="dim"), end="", soft_wrap=True)
+
+    def step(self, tokens: tuple[int, ...]) -> None:
+        start = perf_counter()
+        text = Text(self._detokenizer.add(tokens), style=STEP_COLOURS[self._count % len(STEP_COLOURS)])
+        self._console.print(text, end="", soft_wrap=True)
+        self._count += 1
+        self.seconds += perf_counter() - start
+
+    def end(self) -> None:
+        self._console.print(Text(self._detokenizer.add((), last=True)))
+        self._console.print()
+
+
+def main() -> None:
+    """The `lookahead` command: problems in one line on stderr, exit code 2."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except click.ClickException as error:
+        print(f"lookahead: {_first_line(Exception(error.format_message()))}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

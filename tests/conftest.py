@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+import lookahead_decoding as ld
+
+torch.set_num_threads(1)
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+settings.register_profile("default", deadline=None, max_examples=60)
+settings.load_profile("default")
+
+COMMON = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.5,
+}
+GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.5}
+ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+ARCHITECTURES = {
+    "llama": COMMON,
+    "qwen2": COMMON,
+    "qwen3": {**COMMON, "head_dim": 8},
+    "mistral": {**COMMON, "sliding_window": 8},
+    "mixtral": {**COMMON, "num_local_experts": 4},
+    "gemma": {**COMMON, "head_dim": 8},
+    "gemma2": {**COMMON, "head_dim": 8, "sliding_window": 8},
+    "gemma3_text": {**COMMON, "head_dim": 8, "sliding_window": 8, "num_hidden_layers": 6},
+    "phi": COMMON,
+    "phi3": {**COMMON, "sliding_window": 8},
+    "olmo2": COMMON,
+    "gpt2": {**GPT2, **ENDS},
+    "gptj": {**GPT2, **ENDS, "rotary_dim": 4},
+    "gpt_neox": COMMON,
+    "falcon": {k: v for k, v in COMMON.items() if k not in ("intermediate_size", "num_key_value_heads")},
+    "starcoder2": {**COMMON, "sliding_window": 8},
+    "opt": {**COMMON, "ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.5},
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--data", type=Path, help="the folder with data sets and models; tests that need it are skipped")
+
+
+@pytest.fixture(scope="session")
+def data(request: pytest.FixtureRequest) -> Path:
+    folder = request.config.getoption("--data")
+    if folder is None:
+        pytest.skip("needs --data")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., torch.nn.Module]:
+    """Random models, large enough in their weights to make varied text; one per name, dtype and settings."""
+    made: dict[tuple[object, ...], torch.nn.Module] = {}
+
+    def make(name: str = "llama", dtype: torch.dtype = torch.float32, **changes: object) -> torch.nn.Module:
+        key = (name, dtype, *sorted(changes.items()))
+        if key not in made:
+            torch.manual_seed(0)
+            config = AutoConfig.for_model(name, **{**ARCHITECTURES[name], **changes})
+            made[key] = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(dtype).eval()
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pocket() -> tuple[torch.nn.Module, object]:
+    path = ld.pocket_path()
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(path)
+
+
+@pytest.fixture(scope="session")
+def stories(data: Path) -> tuple[torch.nn.Module, object]:
+    path = data / "models" / "stories260K"
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(path)
+
+
+def right_and_wrong(text: Sequence[int], vocab: int = 64) -> Callable[[Sequence[int]], list[list[int]]]:
+    """A source that knows the plain continuation and mixes it with wrong tokens and wrong siblings.
+
+    By the position it proposes a full match, one that goes wrong after some tokens, or nothing that matches.
+    """
+
+    def propose(so_far: Sequence[int]) -> list[list[int]]:
+        true = list(text[len(so_far) : len(so_far) + 5])
+        wrong = [(t + 1) % vocab for t in true]
+        kind = random.Random(len(so_far)).randrange(3)
+        if kind == 0:
+            return [true, wrong]
+        if kind == 1:
+            good = max(1, len(true) // 2)
+            return [wrong, true[:good] + wrong[good:]]
+        return [wrong, [*wrong[:1], *true[1:]]]
+
+    return propose
+
+
+class Accepted:
+    """Which kinds of acceptance the steps of a run had: full, partial, none."""
+
+    def __init__(self) -> None:
+        self.kinds: set[str] = set()
+
+    def watch(self, tree: ld.TokenTree, choice: ld.Choice) -> None:
+        depths = tree.depths
+        deepest = max((depths[n] for n in range(tree.first_candidate, len(tree))), default=0)
+        accepted = len(choice.path) - 1
+        if deepest:
+            self.kinds.add("none" if not accepted else "full" if accepted == deepest else "partial")
+
+
+@pytest.fixture
+def accepted(monkeypatch: pytest.MonkeyPatch) -> Accepted:
+    """Watches every walk of the test."""
+    seen = Accepted()
+    module = import_module("lookahead_decoding.decode")
+    plain = module.choose
+
+    def choose(step, trees, samplers):  # type: ignore[no-untyped-def]
+        choices = plain(step, trees, samplers)
+        for tree, choice in zip(trees, choices, strict=True):
+            if tree is not None and choice is not None:
+                seen.watch(tree, choice)
+        return choices
+
+    monkeypatch.setattr(module, "choose", choose)
+    return seen

@@ -1,0 +1,49 @@
+"""Imports point one way: pure, torch, target, composition, edges."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import lookahead_decoding
+
+LAYERS = [
+    {"config", "tree", "window", "pool", "lookahead", "stats"},
+    {"attention", "cache", "choose"},
+    {"target"},
+    {"decode", "hf", "text", "exactness"},
+    {"cli"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+FOLDER = Path(lookahead_decoding.__file__).parent
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports; our own by their names with a leading dot."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(f".{node.module}" if node.level else str(node.module).partition(".")[0])
+    return found
+
+
+def test_every_module_has_its_layer() -> None:
+    assert {p.stem for p in FOLDER.glob("*.py")} - {"__init__", "__main__"} == set(LEVEL)
+
+
+def test_no_module_imports_from_a_later_layer() -> None:
+    for name, level in LEVEL.items():
+        ours = {m[1:] for m in imports(FOLDER / f"{name}.py") if m.startswith(".")} - {"None"}
+        assert all(LEVEL[other] <= level for other in ours), (name, ours)
+
+
+def test_the_pure_part_needs_the_standard_library_alone() -> None:
+    for name in LAYERS[0]:
+        assert not imports(FOLDER / f"{name}.py") & {"torch", "transformers", "numpy"}
+
+
+def test_transformers_internals_stay_in_the_target_and_its_cache() -> None:
+    for name in ("attention", "choose", "decode"):
+        assert "transformers" not in imports(FOLDER / f"{name}.py")

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from lookahead_decoding import Target, TokenTree, build_tree
+from lookahead_decoding.attention import tree_mask
+
+PROMPT = [3, 5, 7, 11, 13]
+
+
+def plain_logits(model: torch.nn.Module, text: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([text]), use_cache=False).logits[0]
+
+
+def test_mask_lets_a_node_see_the_prefix_its_ancestors_and_itself() -> None:
+    tree = build_tree(1, candidates=[(2, 3), (4,)])
+    mask = tree_mask([tree], [2], 5, torch.float32, torch.device("cpu"))
+    assert mask.shape == (1, 1, 5, 7)
+    assert (mask[0, 0] == 0).int().tolist() == [
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 1, 0, 0],
+        [1, 1, 1, 0, 0, 1, 0],
+        [1, 1, 0, 0, 0, 0, 1],
+    ]
+
+
+def test_a_sliding_window_goes_by_position_and_not_by_slot() -> None:
+    tree = build_tree(1, candidates=[(2, 3), (4,)])
+    mask = tree_mask([tree], [3], 4, torch.float32, torch.device("cpu"), window=3)
+    assert (mask[0, 0] == 0).int().tolist() == [
+        [0, 1, 1, 1, 0, 0, 0],
+        [0, 0, 1, 1, 1, 0, 0],
+        [0, 0, 0, 1, 1, 1, 0],
+        [0, 0, 1, 1, 0, 0, 1],
+    ]
+
+
+def test_every_node_has_the_logits_of_its_path(tiny: Callable[..., torch.nn.Module]) -> None:
+    model = tiny()
+    target = Target(model, capacity=40)
+    target.prefill([PROMPT])
+    target.commit([[0]])
+    tree = build_tree(20, window=[[0, 21, 22], [23, 24, 25]], candidates=[(30, 31), (30, 32), (33,)])
+    step = target.forward([tree])
+    assert step.nodes == tuple(tree.scored)
+    for row, node in enumerate(step.nodes):
+        path, at = [], node
+        while at >= 0:
+            path.append(tree.tokens[at])
+            at = tree.parents[at]
+        wanted = plain_logits(model, PROMPT + path[::-1])[-1]
+        assert torch.allclose(step.logits[0, row], wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_commit_keeps_the_path_and_drops_the_rest(tiny: Callable[..., torch.nn.Module]) -> None:
+    model = tiny()
+    target = Target(model, capacity=40)
+    target.prefill([PROMPT])
+    target.commit([[0]])
+    tree = build_tree(20, candidates=[(30, 31), (32, 33, 34)])
+    target.forward([tree])
+    target.commit([[0, 3, 4]])
+    assert target.lengths == [len(PROMPT) + 3]
+    step = target.forward([TokenTree((40,), (-1,))])
+    wanted = plain_logits(model, [*PROMPT, 20, 32, 33, 40])[-1]
+    assert torch.allclose(step.logits[0, 0], wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_sequences_of_a_batch_have_their_own_lengths(tiny: Callable[..., torch.nn.Module]) -> None:
+    model = tiny()
+    target = Target(model, capacity=40, batch=3)
+    prompts = [PROMPT, PROMPT[:1], PROMPT[:3]]
+    first = target.prefill(prompts)
+    for row, prompt in enumerate(prompts):
+        assert torch.allclose(first.logits[row, 0], plain_logits(model, prompt)[-1], atol=1e-4, rtol=1e-4)
+    target.commit([[0], [0], [0]])
+    trees = [build_tree(20, candidates=[(21, 22), (23, 24)]), None, build_tree(30)]
+    target.forward(trees)
+    target.commit([[0, 3, 4], [], [0]])
+    assert target.lengths == [8, 1, 4]
+    step = target.forward([build_tree(50), build_tree(51), build_tree(52)])
+    texts = [[*PROMPT, 20, 23, 24, 50], [PROMPT[0], 51], [*PROMPT[:3], 30, 52]]
+    for row, text in enumerate(texts):
+        assert torch.allclose(step.logits[row, 0], plain_logits(model, text)[-1], atol=1e-4, rtol=1e-4)
+
+
+def test_buffers_are_allocated_once(tiny: Callable[..., torch.nn.Module]) -> None:
+    target = Target(tiny(), capacity=40)
+    target.prefill([PROMPT])
+    before = [layer.keys.data_ptr() for layer in target.cache.layers]
+    assert [tuple(layer.keys.shape) for layer in target.cache.layers] == [(1, 2, 40, 8)] * 2
+    for _ in range(3):
+        target.commit([[0]])
+        target.forward([build_tree(20, candidates=[(21, 22)])])
+    assert [layer.keys.data_ptr() for layer in target.cache.layers] == before
+
+
+def made(name: str, **settings: object) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **settings)).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "reason"),
+    [
+        ("mamba", {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}, "'mamba' cannot"),
+        ("bloom", {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "'bloom' cannot"),
+        (
+            "gpt_neo",
+            {
+                "vocab_size": 64,
+                "hidden_size": 32,
+                "num_layers": 2,
+                "num_heads": 4,
+                "attention_types": [[["global", "local"], 1]],
+            },
+            "window_size, an attention window",
+        ),
+    ],
+)
+def test_a_model_that_cannot_take_a_tree_is_refused_by_name(
+    name: str, settings: dict[str, object], reason: str
+) -> None:
+    model = made(name, **settings)
+    for _ in range(2):  # the second time from memory
+        with pytest.raises(ValueError, match=reason):
+            Target(model, capacity=40)
+
+
+def test_an_encoder_decoder_is_refused() -> None:
+    config = AutoConfig.for_model("t5", vocab_size=64, d_model=32, d_ff=48, num_layers=1, num_heads=2, d_kv=16)
+    with pytest.raises(ValueError, match="'t5' cannot take a token tree: it is an encoder-decoder"):
+        Target(AutoModelForSeq2SeqLM.from_config(config), capacity=40)
+
+
+def test_an_attention_that_takes_no_mask_is_refused_with_its_remedy(tiny: Callable[..., torch.nn.Module]) -> None:
+    model = made("llama", vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1)
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
+        Target(model, capacity=40)
+
+
+def test_a_rotary_scaling_that_changes_with_length_is_refused_past_its_switch(
+    tiny: Callable[..., torch.nn.Module],
+) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    model = made(
+        "llama", vocab_size=64, hidden_size=32, num_hidden_layers=1, rope_parameters=rope, max_position_embeddings=64
+    )
+    Target(model, capacity=64)
+    with pytest.raises(ValueError, match="dynamic rotary scaling changes past 64 tokens"):
+        Target(model, capacity=65)
+
+
+def test_the_probe_notices_a_model_that_ignores_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made(
+        "llama", vocab_size=64, hidden_size=32, num_hidden_layers=2, intermediate_size=48, initializer_range=0.5
+    )
+    forward = model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda *a, **k: forward(*a, **{**k, "attention_mask": None}))
+    with pytest.raises(ValueError, match="a branch of a small tree gives other logits"):
+        Target(model, capacity=40)

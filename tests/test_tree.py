@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lookahead_decoding import TokenTree, build_tree
+
+THE, CAT, SAT, ON, DOG, RAN = range(10, 16)
+
+
+def bits(tree: TokenTree) -> list[str]:
+    """The mask as text: row i shows what node i sees, from the root on."""
+    return ["".join(str(row >> j & 1) for j in range(len(tree))) for row in tree.mask]
+
+
+def test_candidates_share_their_common_prefix() -> None:
+    tree = build_tree(THE, candidates=[(CAT, SAT, ON), (CAT, RAN), (DOG, RAN)])
+    assert tree.tokens == (THE, CAT, SAT, ON, RAN, DOG, RAN)
+    assert tree.parents == (-1, 0, 1, 2, 1, 0, 5)
+
+
+def test_a_node_sees_its_ancestors_and_itself() -> None:
+    tree = build_tree(THE, candidates=[(CAT, SAT), (DOG,)])
+    assert bits(tree) == ["1000", "1100", "1110", "1001"]
+    assert tree.depths == [0, 1, 2, 1]
+
+
+def test_window_columns_are_chains_at_consecutive_positions() -> None:
+    tree = build_tree(1, window=[[0, 2, 3], [4, 5, 6]])
+    #            root 2  3  4  5  6
+    assert tree.tokens == (1, 2, 3, 4, 5, 6)
+    assert tree.parents == (-1, 0, 1, 0, 1, 2)
+    assert tree.depths == [0, 1, 2, 1, 2, 3]
+    assert tree.last_row == (3, 4, 5)
+    assert bits(tree) == ["100000", "110000", "111000", "100100", "110010", "111001"]
+
+
+def test_a_window_of_one_row_has_the_root_in_its_last_row() -> None:
+    tree = build_tree(1, window=[[0, 2, 3]])
+    assert tree.last_row == (0, 1, 2)
+    assert tree.scored == [0, 1, 2]
+
+
+def test_window_nodes_are_not_walked() -> None:
+    tree = build_tree(1, window=[[0, 2], [4, 5]], candidates=[(4, 7)])
+    assert tree.child(0, 2) is None
+    assert tree.child(0, 4) == 4
+    assert tree.child(4, 7) == 5
+    assert tree.child(5, 7) is None
+
+
+def test_no_node_is_deeper_than_allowed() -> None:
+    tree = build_tree(1, window=[[0, 2, 3], [4, 5, 6]], candidates=[(7, 8, 9)], max_depth=1)
+    assert tree.tokens == (1, 2, 4, 7)
+    assert tree.last_row == (2,)
+    assert build_tree(1, window=[[0, 2], [4, 5]], candidates=[(7,)], max_depth=0).tokens == (1,)
+
+
+def test_candidates_stop_at_the_row_limit() -> None:
+    assert build_tree(1, candidates=[(2, 3), (4, 5)], max_rows=4).tokens == (1, 2, 3, 4)
+
+
+def test_logits_are_needed_for_root_last_row_and_candidates() -> None:
+    tree = build_tree(1, window=[[0, 2], [3, 4]], candidates=[(5,)])
+    assert tree.scored == [0, 2, 3, 4]
+
+
+@pytest.mark.parametrize("parents", [(0, 0), (-1, 1), (-1, 2), (-1,), (-1, -1)])
+def test_a_malformed_tree_does_not_construct(parents: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"parent"):
+        TokenTree((1, 2), parents)
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4), max_size=6))
+def test_paths_from_the_root_are_the_prefixes_of_the_candidates(candidates: list[list[int]]) -> None:
+    tree = build_tree(9, candidates=candidates)
+    paths = []
+    for node in range(1, len(tree)):
+        path, at = [], node
+        while at:
+            path.append(tree.tokens[at])
+            at = tree.parents[at]
+        paths.append(tuple(reversed(path)))
+    assert len(set(paths)) == len(paths)
+    assert set(paths) == {tuple(c[: i + 1]) for c in candidates for i in range(len(c))}
+
+
+@given(st.lists(st.integers(0, 5), min_size=0, max_size=12))
+def test_mask_is_the_transitive_closure_of_parents(choices: list[int]) -> None:
+    parents = (-1, *(c % (i + 1) for i, c in enumerate(choices)))
+    tree = TokenTree(tuple(range(len(parents))), parents)
+    for node, row in enumerate(tree.mask):
+        ancestors, at = {node}, node
+        while at:
+            at = parents[at]
+            ancestors.add(at)
+        assert {j for j in range(len(parents)) if row >> j & 1} == ancestors
+        assert tree.depths[node] == len(ancestors) - 1
