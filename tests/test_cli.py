@@ -175,7 +175,7 @@ def test_a_model_that_cannot_take_a_tree_is_one_line(tmp_path: Path, capsys, mon
     settings = {"vocab_size": 4096, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 4}
     AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **settings)).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(pocket_path()).save_pretrained(tmp_path)
-    code, out, err = run(capsys, monkeypatch, "generate", str(tmp_path), "-p", "a = 1")
+    code, _, err = run(capsys, monkeypatch, "generate", str(tmp_path), "-p", "a = 1")
     assert code == 2
     assert "a model of type 'mamba' cannot take a token tree" in err
     assert err.count("\n") == 1

@@ -72,10 +72,8 @@ def test_row_l_column_i_is_the_guess_for_l_plus_i_positions_on(
 ) -> None:
     """Against a window that writes each guess down with the position it is for."""
     w = window(size, ngram)
-    position = 0
-    made = {(0, i): token for i, token in enumerate(w.rows[0])}  # (position, nth step): token
     rows = [[(i, token) for i, token in enumerate(w.rows[0])]]  # position of every guess, None for drawn ones
-    for _ in range(steps):
+    for position in range(steps):
         new = [100 + rng.randrange(1000) for _ in range(size)]
         height = len(rows)
         ngrams = w.advance(50 + position, new)
@@ -87,9 +85,7 @@ def test_row_l_column_i_is_the_guess_for_l_plus_i_positions_on(
         else:
             assert ngrams == []
             rows = [[*row[1:], (row[-1][0] + 1, None)] for row in rows]
-        position += 1
         for depth, row in enumerate(rows):
             for column, (at, token) in enumerate(row):
-                assert at == position + depth + column
+                assert at == position + 1 + depth + column
                 assert token is None or w.rows[depth][column] == token
-    assert made

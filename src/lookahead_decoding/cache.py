@@ -131,25 +131,29 @@ class TreeCache(Cache):  # type: ignore[misc]
                 layer.values[b, :, target] = other.values[b][:, source]
         self.slots.lengths[:] = [len(slots) for slots in rows]
 
-    def store(self, past: Cache, rows: Sequence[Sequence[int]], length: int) -> None:
+    def store(self, past: Cache, starts: Sequence[int]) -> None:
         """Write everything committed into another cache, as `generate` would have left it.
 
         Args:
             past: a dynamic cache of the same model.
-            rows: for each sequence, the slots of `past` that its tokens go to; other slots hold zeros.
-            length: slots of `past` from now on.
+            starts: left padding of each sequence, whose slots of `past` hold zeros. A single sequence without padding
+                is handed over without a copy.
         """
+        length = max(start + own for start, own in zip(starts, self.lengths, strict=True))
         for layer, other in zip(self.layers, past.layers, strict=True):
-            kept = min(length, other.sliding_window - 1) if getattr(other, "is_sliding", False) else length
+            first = max(0, length - other.sliding_window + 1) if getattr(other, "is_sliding", False) else 0
             if not other.is_initialized:
                 other.lazy_initialization(layer.keys, layer.values)
-            new = []
-            for buffer in (layer.keys, layer.values):
-                batch, heads, _, size = buffer.shape
-                out = buffer.new_zeros(batch, heads, length, size)
-                for b, slots in enumerate(rows):
-                    out[b][:, torch.tensor(slots, dtype=torch.long, device=buffer.device)] = buffer[b, :, : len(slots)]
-                new.append(out[:, :, length - kept :])
-            other.keys, other.values = new
+            other.keys = self._padded(layer.keys, starts, length)[:, :, first:]
+            other.values = self._padded(layer.values, starts, length)[:, :, first:]
             if hasattr(other, "cumulative_length"):
                 other.cumulative_length = length
+
+    def _padded(self, buffer: torch.Tensor, starts: Sequence[int], length: int) -> torch.Tensor:
+        if len(starts) == 1 and not starts[0]:
+            return buffer[:, :, :length]
+        batch, heads, _, size = buffer.shape
+        padded = buffer.new_zeros(batch, heads, length, size)
+        for b, (start, own) in enumerate(zip(starts, self.lengths, strict=True)):
+            padded[b, :, start : start + own] = buffer[b, :, :own]
+        return padded

@@ -37,7 +37,7 @@ from .config import LookaheadConfig
 from .decode import Request, decode
 from .lookahead import Choice, Propose, max_rows
 from .stats import Stats
-from .target import Target, check, export_cache
+from .target import Target, check
 
 # What we do with each field of GenerationConfig. "honoured": exactly as `generate` does. "engine": it chooses how
 # plain decoding runs, not what it says; ours replaces a default of the model's files, and what a caller asks for is
@@ -192,11 +192,13 @@ class LookaheadDecoding:
         if self.stop_strings:
             stops = StopStringCriteria(self.tokenizer, self.stop_strings)
             stopping_criteria = StoppingCriteriaList([*stopping_criteria, stops])
+        # The caller's cache or, since not every version of transformers marks it, the empty one that `generate` made.
         past = model_kwargs.get("past_key_values")
-        past = past if past is not None and (_is_callers(past) or past.get_seq_length()) else None
+        if generation_config.cache_implementation is not None or past is None:
+            past = DynamicCache(config=model.config.get_text_config(decoder=True))
         rows = _layout(input_ids, model_kwargs, past, generation_config)
         requests = _requests(self, input_ids, logits_processor, stopping_criteria, generation_config, rows)
-        before = past.get_seq_length() if past is not None else 0
+        before = past.get_seq_length()
         longest = before + max(r.limit - r.cached for r in requests)
         target = Target(model, capacity=longest + max_rows(self.config), batch=len(requests))
         if before:
@@ -215,7 +217,7 @@ class Run:
         requests: one per sequence.
         stats: counts, updated as the steps are taken.
         generation_config: as `generate` prepared it.
-        past: the caller's own cache, filled at the end.
+        past: the caller's cache, or a new one; filled at the end.
         starts: left padding of each sequence.
     """
 
@@ -224,7 +226,7 @@ class Run:
     requests: list[Request]
     stats: Stats
     generation_config: GenerationConfig
-    past: Any
+    past: DynamicCache
     starts: list[int]
 
     def steps(self) -> Iterator[list[Choice | None]]:
@@ -239,9 +241,7 @@ class Run:
     def output(self) -> GenerateDecoderOnlyOutput | torch.Tensor:
         """What `generate` returns, once all steps are taken."""
         config, samplers = self.generation_config, [r.sampler for r in self.requests]
-        cache = None
-        if self.past is not None or config.return_dict_in_generate:
-            cache = export_cache(self.target.cache, self.target.model, self.past, self.starts)
+        self.target.cache.store(self.past, self.starts)
         pad, end = _first(config._pad_token_tensor), max(s.length for s in samplers)
         texts = [torch.nn.functional.pad(s.text[0], (0, end - s.length), value=pad) for s in samplers]
         sequences = torch.stack(texts)  # (batch, length)
@@ -251,7 +251,7 @@ class Run:
             sequences=sequences,
             scores=_stack([s.scores for s in samplers]) if config.output_scores else None,
             logits=_stack([s.logits for s in samplers]) if config.output_logits else None,
-            past_key_values=cache,
+            past_key_values=self.past,
         )
 
 
@@ -347,10 +347,6 @@ def _refuse(model: PreTrainedModel, config: GenerationConfig, model_kwargs: dict
         raise ValueError("use_cache=False: lookahead decoding needs a cache; leave it out")
 
 
-def _is_callers(past: Any) -> bool:
-    return bool(getattr(past, "_is_user_defined", False))
-
-
 @dataclass(frozen=True)
 class _Row:
     """Where one sequence of the batch stands.
@@ -368,9 +364,9 @@ class _Row:
 
 def _layout(ids: torch.Tensor, model_kwargs: dict[str, Any], past: Any, config: GenerationConfig) -> list[_Row]:
     """One row per sequence; with a caller's cache the ids are either the whole text or what is new of it."""
-    if past is not None and type(past) is not DynamicCache:
+    if type(past) is not DynamicCache:
         raise ValueError(f"past_key_values must be a DynamicCache, got {type(past).__name__}")
-    covered = past.get_seq_length() if past is not None else 0
+    covered = past.get_seq_length()
     mask, length = model_kwargs.get("attention_mask"), ids.shape[1]
     total = mask.shape[1] if mask is not None else getattr(config, "_mask_length", length)
     starts = [0] * len(ids)

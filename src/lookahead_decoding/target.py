@@ -9,7 +9,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers import Cache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from .attention import tree_mask
 from .cache import TreeCache
@@ -51,7 +51,7 @@ class Target:
         self._keep_index = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._kinds = mask_kinds(self._config)
         self._dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        self.cache = TreeCache(self._config.num_hidden_layers, batch, capacity)
+        self.cache = TreeCache(len(DynamicCache(config=self._config).layers), batch, capacity)
 
     @property
     def lengths(self) -> list[int]:
@@ -208,20 +208,3 @@ def _probe(model: PreTrainedModel) -> str:
     except Exception as error:
         return f"the probe raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return ""
-
-
-def export_cache(cache: TreeCache, model: PreTrainedModel, into: Cache | None, starts: Sequence[int]) -> Cache:
-    """The committed keys and values as a cache that `generate` can continue from.
-
-    Args:
-        cache: ours.
-        model: whose configuration says what kind of cache it wants.
-        into: the caller's own cache, filled in place; a new dynamic one by default.
-        starts: left padding of each sequence.
-    """
-    from transformers import DynamicCache
-
-    past = into if into is not None else DynamicCache(config=model.config.get_text_config(decoder=True))
-    rows = [range(start, start + length) for start, length in zip(starts, cache.lengths, strict=True)]
-    cache.store(past, [list(r) for r in rows], max(r.stop for r in rows))
-    return past

@@ -67,6 +67,23 @@ class TokenTree:
                 return other
         return None
 
+    def drawing(self, names: Sequence[str] | None = None) -> str:
+        """The tree and its mask as text, a line per node.
+
+        Each line has the node, its token (or `names[token]`), its parent, its depth, and a column per node: `#` where
+        it sees that node.
+        """
+        words = [names[t] if names else str(t) for t in self.tokens]
+        width = max(map(len, words))
+        lines = [f"{'node':<5}{'token':<{max(width, 5) + 2}}{'parent':<8}{'depth':<7}sees"]
+        for node, (word, parent, depth, row) in enumerate(
+            zip(words, self.parents, self.depths, self.mask, strict=True)
+        ):
+            seen = "".join("#" if row >> other & 1 else "." for other in range(len(self)))
+            above = "" if parent < 0 else str(parent)
+            lines.append(f"{node:<5}{word:<{max(width, 5) + 2}}{above:<8}{depth:<7}{seen}")
+        return "\n".join(lines)
+
 
 def build_tree(
     root: int,
