@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import os
 import random
+import shutil
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
+
+if not shutil.which("nvidia-smi"):  # before anything imports triton: without a GPU its interpreter runs the kernels
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch

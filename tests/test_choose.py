@@ -97,10 +97,12 @@ def test_processors_run_along_the_accepted_path_alone() -> None:
 
 def test_sampling_draws_once_per_emitted_token() -> None:
     tree = build_tree(1, candidates=[(2, 3), (4, 5)])
-    step = StepLogits(torch.randn(1, len(tree.scored), VOCAB), tuple(tree.scored))
+    step = follows(tree, NEXT)
+    step = StepLogits(step.logits * 20, step.nodes)
     torch.manual_seed(3)
     (choice,) = choose(step, [tree], [sampler(do_sample=True)])
     after = torch.rand(1)
+    assert choice.path == (0, 1, 2)
     torch.manual_seed(3)
     for node in choice.path:
         torch.multinomial(step.logits[0, step.nodes.index(node)][None].softmax(-1), 1)

@@ -14,14 +14,18 @@ from transformers import (
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
+    MaxLengthCriteria,
     StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
+    SynthIDTextWatermarkingConfig,
     TextStreamer,
+    WatermarkingConfig,
     pipeline,
 )
 
 import lookahead_decoding as ld
+from conftest import right_and_wrong
 from lookahead_decoding import hf
 from test_exactness import CONFIGS, batch_of, prompt_of
 
@@ -71,7 +75,7 @@ def test_option_alone(name: str, tiny: Tiny) -> None:
     model, ids = tiny(), prompt_of(8)
     torch.manual_seed(2)
     plain = model.generate(ids, **options)[0].tolist()
-    for propose in (None, lambda text: [plain[len(text) : len(text) + 3]]):
+    for propose in (None, right_and_wrong(plain)):
         torch.manual_seed(2)
         decoding = ld.LookaheadDecoding(SMALL, propose=propose)
         assert ld.generate(model, ids, lookahead=decoding, **options)[0].tolist() == plain
@@ -82,8 +86,27 @@ def test_option_in_a_padded_batch(name: str, tiny: Tiny) -> None:
     options = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, **HONOURED[name]}
     model = tiny()
     ids, mask = batch_of((8, 3, 5))
-    plain = model.generate(ids, attention_mask=mask, **options)
-    assert ld.generate(model, ids, attention_mask=mask, lookahead=SMALL, **options).tolist() == plain.tolist()
+    plain = model.generate(ids, attention_mask=mask, **options).tolist()
+    sources = {tuple(row[start : start + 3]): right_and_wrong(row[start:]) for row, start in zip(plain, (0, 5, 3))}
+    decoding = ld.LookaheadDecoding(SMALL, propose=lambda text: sources[tuple(text[:3])](text))
+    assert ld.generate(model, ids, attention_mask=mask, lookahead=decoding, **options).tolist() == plain
+
+
+@pytest.mark.parametrize("name", ["encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "repetition_penalty"])
+def test_state_per_sequence_with_several_returns_of_several_prompts(name: str, tiny: Tiny) -> None:
+    ids, mask = batch_of((8, 5))
+    options = {"max_new_tokens": 25, "do_sample": False, "pad_token_id": 0, **HONOURED[name]}
+    plain = tiny().generate(ids, attention_mask=mask, **options)
+    twice = ld.generate(
+        tiny(),
+        ids,
+        attention_mask=mask,
+        num_return_sequences=2,
+        seeds=[1, 2, 3, 4],
+        **{**options, "do_sample": True, "top_k": 1},
+    )
+    end = plain.shape[1]
+    assert twice[[0, 2], :end].tolist() == twice[[1, 3], :end].tolist() == plain.tolist()
 
 
 def test_num_return_sequences(tiny: Tiny) -> None:
@@ -151,6 +174,51 @@ def test_each_row_of_a_batch_has_its_own_processor_and_criterion(tiny: Tiny) -> 
     plain = tiny().generate(ids, attention_mask=mask, logits_processor=LogitsProcessorList([Counting()]), **options)
     assert ours.tolist() == plain.tolist()
     assert counting.calls == 0  # copies ran
+
+
+class OfRow(LogitsProcessor):
+    """Favours one token per sequence, by the sequence's number."""
+
+    def __init__(self, wanted: list[int]) -> None:
+        self.wanted = wanted
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        for row, token in enumerate(self.wanted):
+            scores[row, token] += 1000
+        return scores
+
+    def for_row(self, row: int) -> OfRow:
+        return OfRow([self.wanted[row]])
+
+
+def test_a_processor_may_say_what_it_is_for_each_sequence(tiny: Tiny) -> None:
+    ids, mask = batch_of((3, 3))
+    ours = ld.generate(
+        tiny(), ids, attention_mask=mask, pad_token_id=0, max_new_tokens=2, do_sample=False,
+        logits_processor=LogitsProcessorList([OfRow([10, 20])]),
+    )  # fmt: skip
+    assert ours[:, 3:].tolist() == [[10, 10], [20, 20]]
+
+
+def test_the_shortest_of_several_length_limits_counts(tiny: Tiny) -> None:
+    limits = StoppingCriteriaList([MaxLengthCriteria(20), MaxLengthCriteria(9)])
+    assert ld.generate(tiny(), prompt_of(5), stopping_criteria=limits, eos_token_id=None).shape == (1, 9)
+
+
+WATERMARKS = {
+    "watermark": WatermarkingConfig(seeding_scheme="selfhash", context_width=2),
+    "synthid": SynthIDTextWatermarkingConfig(keys=[3, 5, 7], ngram_len=3),
+}
+
+
+@pytest.mark.parametrize("name", WATERMARKS)
+def test_a_watermark_is_the_same(name: str, tiny: Tiny) -> None:
+    outputs = []
+    for run in (tiny().generate, lambda *a, **k: ld.generate(tiny(), *a, lookahead=SMALL, **k)):
+        torch.manual_seed(5)
+        options = {"max_new_tokens": 30, "do_sample": True, "watermarking_config": WATERMARKS[name]}
+        outputs.append(run(prompt_of(6), eos_token_id=None, **options).tolist())
+    assert outputs[0] == outputs[1]
 
 
 class NotCopyable(LogitsProcessor):
@@ -317,6 +385,9 @@ def test_a_folder_works_as_custom_generate(pocket: tuple[torch.nn.Module, object
     options = {"max_new_tokens": 25, "do_sample": False}
     ours = model.generate(ids, custom_generate=folder, trust_remote_code=True, window_size=5, ngram_size=3, **options)
     assert ours.tolist() == model.generate(ids, **options).tolist()
+    longer = {**options, "max_new_tokens": 60, "eos_token_id": None}
+    ours = model.generate(ids, custom_generate=folder, trust_remote_code=True, **longer)
+    assert ours.tolist() == model.generate(ids, **longer).tolist()
 
 
 @pytest.mark.parametrize(
@@ -334,6 +405,8 @@ def test_a_folder_works_as_custom_generate(pocket: tuple[torch.nn.Module, object
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states=True"),
         ({"assistant_model": object()}, "assistant_model: another assisted"),
         ({"synced_gpus": True}, "synced_gpus: synchronised ranks"),
+        ({"negative_prompt_ids": torch.ones(1, 3)}, "negative_prompt_ids: guidance"),
+        ({"negative_prompt_attention_mask": torch.ones(1, 3)}, "negative_prompt_attention_mask: guidance"),
         ({"custom_generate": print}, "custom_generate: lookahead decoding is a custom_generate"),
         ({"seeds": [1, 2]}, "seeds must have one entry per sequence, 1 here, got 2"),
         ({"position_ids": torch.tensor([[3, 4, 5, 6, 7]])}, "position_ids"),

@@ -9,7 +9,7 @@ import lookahead_decoding
 
 LAYERS = [
     {"config", "tree", "window", "pool", "lookahead", "stats"},
-    {"attention", "cache", "choose"},
+    {"attention", "kernels", "cache", "choose"},
     {"target"},
     {"decode", "hf", "text", "exactness"},
     {"cli"},

@@ -137,5 +137,7 @@ def test_text_sources_propose_what_followed_the_current_token(
         if text[start] == text[-1] and found not in followed:
             followed.append(found)
     tree = core.plan()
-    prefixes = {f[: i + 1] for f in followed[:3] for i in range(ngram - 1)}
-    assert len(tree) == 1 + len(prefixes)
+    paths: list[tuple[int, ...]] = [()]
+    for node in range(1, len(tree)):
+        paths.append((*paths[tree.parents[node]], tree.tokens[node]))
+    assert sorted(paths[1:]) == sorted({f[: i + 1] for f in followed[:3] for i in range(ngram - 1)})

@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+import lookahead_decoding as ld
 from lookahead_decoding import Target, TokenTree, build_tree
-from lookahead_decoding.attention import tree_mask
+from lookahead_decoding.target import OURS, check_length
 
 PROMPT = [3, 5, 7, 11, 13]
 
@@ -15,30 +16,6 @@ PROMPT = [3, 5, 7, 11, 13]
 def plain_logits(model: torch.nn.Module, text: list[int]) -> torch.Tensor:
     with torch.no_grad():
         return model(torch.tensor([text]), use_cache=False).logits[0]
-
-
-def test_mask_lets_a_node_see_the_prefix_its_ancestors_and_itself() -> None:
-    tree = build_tree(1, candidates=[(2, 3), (4,)])
-    mask = tree_mask([tree], [2], 5, torch.float32, torch.device("cpu"))
-    assert mask.shape == (1, 1, 5, 7)
-    assert (mask[0, 0] == 0).int().tolist() == [
-        [1, 1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0, 0],
-        [1, 1, 1, 1, 1, 0, 0],
-        [1, 1, 1, 0, 0, 1, 0],
-        [1, 1, 0, 0, 0, 0, 1],
-    ]
-
-
-def test_a_sliding_window_goes_by_position_and_not_by_slot() -> None:
-    tree = build_tree(1, candidates=[(2, 3), (4,)])
-    mask = tree_mask([tree], [3], 4, torch.float32, torch.device("cpu"), window=3)
-    assert (mask[0, 0] == 0).int().tolist() == [
-        [0, 1, 1, 1, 0, 0, 0],
-        [0, 0, 1, 1, 1, 0, 0],
-        [0, 0, 0, 1, 1, 1, 0],
-        [0, 0, 1, 1, 0, 0, 1],
-    ]
 
 
 def test_every_node_has_the_logits_of_its_path(tiny: Callable[..., torch.nn.Module]) -> None:
@@ -133,6 +110,24 @@ def test_a_model_that_cannot_take_a_tree_is_refused_by_name(
             Target(model, capacity=40)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [0.02, 0.3])
+def test_half_precision_hides_no_model_that_cannot_take_a_tree(dtype: torch.dtype, scale: float) -> None:
+    """MPT biases attention by slot, so that a node's bias is not its path's."""
+    settings = {"vocab_size": 64, "d_model": 32, "n_heads": 4, "n_layers": 2, "initializer_range": scale}
+    with pytest.raises(ValueError, match="'mpt' cannot take a token tree"):
+        Target(made("mpt", **settings).to(dtype), capacity=40)
+    llama = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    Target(made("llama", **llama, num_attention_heads=4, initializer_range=scale).to(dtype), capacity=40)
+
+
+def test_a_model_in_training_mode_is_not_condemned_for_good() -> None:
+    model = made("gpt2", vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=128, attn_pdrop=0.5).train()
+    with pytest.raises(ValueError, match=r"call model.eval\(\)"):
+        Target(model, capacity=40)
+    Target(model.eval(), capacity=40)
+
+
 def test_an_encoder_decoder_is_refused() -> None:
     config = AutoConfig.for_model("t5", vocab_size=64, d_model=32, d_ff=48, num_layers=1, num_heads=2, d_kv=16)
     with pytest.raises(ValueError, match="'t5' cannot take a token tree: it is an encoder-decoder"):
@@ -153,9 +148,22 @@ def test_a_rotary_scaling_that_changes_with_length_is_refused_past_its_switch(
     model = made(
         "llama", vocab_size=64, hidden_size=32, num_hidden_layers=1, rope_parameters=rope, max_position_embeddings=64
     )
-    Target(model, capacity=64)
+    check_length(model, 64)
     with pytest.raises(ValueError, match="dynamic rotary scaling changes past 64 tokens"):
-        Target(model, capacity=65)
+        check_length(model, 65)
+    ids = torch.ones(1, 60, dtype=torch.long)
+    assert ld.generate(model, ids, max_new_tokens=4, eos_token_id=None).shape == (1, 64)
+    with pytest.raises(ValueError, match="can reach 65"):
+        ld.generate(model, ids, max_new_tokens=5)
+
+
+def test_our_attention_is_used_where_it_is_exact_and_only_during_our_steps(
+    tiny: Callable[..., torch.nn.Module],
+) -> None:
+    assert Target(tiny("llama"), capacity=40).attention == OURS
+    target = Target(tiny("gemma2"), capacity=40)
+    target.prefill([PROMPT])
+    assert tiny("gemma2").config._attn_implementation == "eager"
 
 
 def test_the_probe_notices_a_model_that_ignores_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import DynamicCache, PreTrainedTokenizerFast
 
 import lookahead_decoding as ld
 from lookahead_decoding.text import Detokenizer, decode_text
@@ -73,3 +73,14 @@ def test_bad_input_is_refused_before_the_first_step(pocket: Pocket) -> None:
         ld.stream(model, tokenizer, "", max_new_tokens=5)
     with pytest.raises(ValueError, match="num_beams=2"):
         ld.stream(model, tokenizer, "a", max_new_tokens=5, num_beams=2)
+    for options in ({"streamer": object()}, {"return_dict_in_generate": True}, {"num_return_sequences": 2}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            ld.stream(model, tokenizer, "a", max_new_tokens=5, **options)
+
+
+def test_a_cache_that_was_passed_in_is_filled_at_the_end(pocket: Pocket) -> None:
+    model, tokenizer = pocket
+    cache = DynamicCache(config=model.config)
+    steps = ld.stream(model, tokenizer, "class A:", max_new_tokens=9, do_sample=False, past_key_values=cache)
+    length = len(tokenizer("class A:").input_ids) + sum(len(s.token_ids) for s in steps)
+    assert cache.get_seq_length() == length - 1

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lookahead_decoding import TokenTree, build_tree
+from lookahead_decoding.attention import encode_rows
 
 THE, CAT, SAT, ON, DOG, RAN = range(10, 16)
 
@@ -45,6 +46,7 @@ def test_a_window_of_one_row_has_the_root_in_its_last_row() -> None:
 def test_window_nodes_are_not_walked() -> None:
     tree = build_tree(1, window=[[0, 2], [4, 5]], candidates=[(4, 7)])
     assert tree.child(0, 2) is None
+    assert tree.child(1, 5) is None
     assert tree.child(0, 4) == 4
     assert tree.child(4, 7) == 5
     assert tree.child(5, 7) is None
@@ -64,6 +66,12 @@ def test_candidates_stop_at_the_row_limit() -> None:
 def test_logits_are_needed_for_root_last_row_and_candidates() -> None:
     tree = build_tree(1, window=[[0, 2], [3, 4]], candidates=[(5,)])
     assert tree.scored == [0, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("last_row", "first"), [((), 0), ((), 3), ((1,), 1), ((2,), 2)])
+def test_window_and_candidates_do_not_overlap(last_row: tuple[int, ...], first: int) -> None:
+    with pytest.raises(ValueError, match="stand before the first candidate"):
+        TokenTree((1, 2), (-1, 0), last_row, first)
 
 
 @pytest.mark.parametrize("parents", [(0, 0), (-1, 1), (-1, 2), (-1,), (-1, -1)])
@@ -90,10 +98,12 @@ def test_paths_from_the_root_are_the_prefixes_of_the_candidates(candidates: list
 def test_mask_is_the_transitive_closure_of_parents(choices: list[int]) -> None:
     parents = (-1, *(c % (i + 1) for i, c in enumerate(choices)))
     tree = TokenTree(tuple(range(len(parents))), parents)
+    encoded = encode_rows([tree], [0], len(tree))[0, 0]
     for node, row in enumerate(tree.mask):
         ancestors, at = {node}, node
         while at:
             at = parents[at]
             ancestors.add(at)
         assert {j for j in range(len(parents)) if row >> j & 1} == ancestors
+        assert {j for j in range(len(parents)) if encoded[node, 3 + j]} == ancestors
         assert tree.depths[node] == len(ancestors) - 1

@@ -1,53 +1,149 @@
-"""Attention masks of a step: which cached slot each node may see."""
+"""Attention of a step: each node sees the committed prefix, its ancestors and itself.
+
+`reference` is the obvious way to compute it, and the oracle of the fast ones: `folded` on a CPU, and the Triton kernel
+of `kernels` on a GPU. Both take the query heads that share a key head as more rows of it, so keys and values are never
+expanded.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from .tree import TokenTree
 
+NO_WINDOW = 1 << 30
+LENGTH, DEPTH, WINDOW, SEEN = range(4)
+"""Columns of the rows: committed tokens, depth in the tree, how far back a node sees, and then a column per node."""
 
-def tree_mask(
-    trees: Sequence[TokenTree | None],
-    lengths: Sequence[int],
-    rows: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    window: int | None = None,
-) -> torch.Tensor:
-    """The additive mask of a step over cache slots, 0 where a node sees and the lowest number where not.
 
-    Sequence b's committed tokens fill slots 0 to `lengths[b]`, and node j of its tree slot `lengths[b] + j`. A node
-    sees the committed slots, its ancestors and itself. Rows past the end of a tree are padding: they see the
-    committed slots and themselves.
+def encode_rows(
+    trees: Sequence[TokenTree | None], lengths: Sequence[int], nodes: int, window: int | None = None
+) -> np.ndarray:
+    """What each node of a step sees, as integers whose shape does not depend on the context.
 
     Args:
         trees: one per sequence; None where the sequence has ended.
-        lengths: committed tokens per sequence.
-        rows: rows of every sequence in this step, padding included.
-        dtype: of the queries.
-        device: where the mask goes.
+        lengths: committed tokens per sequence; node j of its tree stands in slot length + j.
+        nodes: rows of every sequence in this step; those past the end of a tree are padding and see the committed
+            slots and themselves.
         window: how many positions back a node sees, itself included; None is all of them.
 
     Returns:
-        (batch, 1, rows, max(lengths) + rows)
+        (batch, 1, nodes, 3 + nodes) int32: length, depth, window, and a 1 for every node that is seen.
     """
-    seen = torch.zeros(len(trees), rows, max(lengths) + rows, dtype=torch.bool)  # (batch, rows, slots)
-    for b, (tree, length) in enumerate(zip(trees, lengths, strict=True)):
-        seen[b, :, :length] = True
-        inside = torch.eye(rows, dtype=torch.bool)  # (rows, rows)
+    rows = np.zeros((len(trees), 1, nodes, SEEN + nodes), dtype=np.int32)
+    rows[..., WINDOW] = window or NO_WINDOW
+    for row, tree, length in zip(rows[:, 0], trees, lengths, strict=True):
+        row[:, LENGTH] = length
+        seen = row[:, SEEN:]
+        np.fill_diagonal(seen, 1)
         if tree is not None:
+            row[: len(tree), DEPTH] = tree.depths
             for node, parent in enumerate(tree.parents[1:], 1):
-                inside[node] |= inside[parent]
-        seen[b, :, length : length + rows] = inside
-        if window is not None:
-            depths = torch.zeros(rows, dtype=torch.long)
-            if tree is not None:
-                depths[: len(tree)] = torch.tensor(tree.depths)
-            slots = torch.arange(seen.shape[-1])
-            slots[length : length + rows] = length + depths
-            seen[b] &= (length + depths)[:, None] - slots[None, :] < window
-    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
-    return mask[:, None].to(device)  # (batch, 1, rows, slots)
+                seen[node, :node] = seen[parent, :node]
+    return rows
+
+
+def dense_mask(rows: np.ndarray, dtype: torch.dtype, groups: int = 1) -> torch.Tensor:
+    """The same as an additive mask over cache slots: 0 where a node sees one and the lowest number where not.
+
+    Args:
+        rows: as `encode_rows` gives it.
+        dtype: of the queries.
+        groups: query heads per key head; the mask is repeated for each.
+
+    Returns:
+        (batch, 1, groups x nodes, longest length + nodes)
+    """
+    batch, _, nodes, _ = rows.shape
+    slots = int(rows[..., LENGTH].max()) + nodes
+    hidden = np.ones((batch, nodes, slots), dtype=bool)
+    for b, row in enumerate(rows[:, 0]):
+        length, window = row[0, LENGTH], row[0, WINDOW]
+        hidden[b, :, :length] = False
+        hidden[b, :, length : length + nodes] = row[:, SEEN:] == 0
+        if window < NO_WINDOW:
+            position = np.arange(slots)
+            position[length : length + nodes] = length + row[:, DEPTH]
+            hidden[b] |= (length + row[:, DEPTH])[:, None] - position >= window
+    mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(torch.from_numpy(hidden), torch.finfo(dtype).min)
+    return mask.repeat(1, groups, 1)[:, None]
+
+
+def reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of a step, written down plainly: softmax over all slots with a dense mask.
+
+    Args:
+        query: (batch, heads, nodes, size).
+        key, value: (batch, key heads, slots, size): the committed slots, then the step's own.
+        mask: (batch, 1, nodes, slots), as `dense_mask` gives it.
+        scale: of the scores.
+        softcap: scores are capped at this by a tanh; 0 does not cap.
+        sinks: (heads,), a score per head that takes weight and gives nothing.
+
+    Returns:
+        (batch, nodes, heads, size), in the dtype of the queries.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(2, 3) * scale  # (batch, heads, nodes, slots)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores + mask
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[None, :, None, None].to(scores).expand(*scores.shape[:3], 1)], -1)
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    weights = torch.softmax(scores, -1, dtype=wide)[..., : key.shape[2]].to(value.dtype)
+    return (weights @ value).transpose(1, 2).contiguous()
+
+
+def folded(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Attention of a step with PyTorch's fused kernel, query heads folded into rows of their key head.
+
+    Args:
+        mask: (batch, 1, groups x nodes, slots), as `dense_mask` gives it for all groups.
+
+    The other arguments and the result are those of `reference`.
+    """
+    batch, heads, nodes, size = query.shape
+    rows = query.reshape(batch, key.shape[1], -1, size)  # (batch, key heads, groups x nodes, size)
+    out = torch.nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
+    return out.reshape(batch, heads, nodes, -1).transpose(1, 2)
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of a step by the fastest way there is for these inputs.
+
+    Args:
+        mask: integer rows as `encode_rows` gives them, for the kernel; otherwise dense, for all groups.
+
+    The other arguments and the result are those of `reference`.
+    """
+    if not mask.is_floating_point():
+        from .kernels import tree_attention  # Triton is there where there is a GPU
+
+        return tree_attention(query, key, value, mask, scale, softcap, sinks)
+    if softcap or sinks is not None:
+        return reference(query, key, value, mask[:, :, : query.shape[2]], scale, softcap, sinks)
+    return folded(query, key, value, mask, scale)

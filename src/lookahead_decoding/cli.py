@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -22,8 +23,8 @@ from transformers.utils import logging as transformers_logging
 from . import __version__, pocket_path
 from .config import PLAIN, SOURCES, LookaheadConfig
 from .exactness import compare
-from .hf import LookaheadDecoding, Run, call_generate
-from .target import check
+from .hf import LookaheadDecoding, Run, call_generate, context_of
+from .target import probe
 from .text import Detokenizer, decode_text, stream
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -69,7 +70,7 @@ def load(name: str, dtype: str, device: str | None, trust: bool) -> tuple[PreTra
     except Exception as error:  # a broken folder fails in as many ways as there are files in it
         raise Problem(f"cannot load a model from {name!r}: {_first_line(error)}") from error
     try:
-        check(model.eval())
+        probe(model.eval())
     except ValueError as error:
         raise Problem(str(error)) from error
     return model, tokenizer
@@ -105,16 +106,26 @@ def encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: s
     ids: list[int] = tokenizer(prompt).input_ids
     if not ids:
         raise Problem(f"{which} is empty: give at least one token")
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    context = context_of(model)
     if context is not None and len(ids) >= context:
         raise Problem(f"{which} has {len(ids):,} tokens, and the model's context is {context:,}: shorten it")
     return ids
 
 
-def room(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
+def room(model: PreTrainedModel, prompt: Sequence[int], max_new_tokens: int) -> int:
     """New tokens that the context leaves room for."""
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return max_new_tokens if context is None else min(max_new_tokens, context - max(map(len, prompts)))
+    context = context_of(model)
+    return max_new_tokens if context is None else min(max_new_tokens, context - len(prompt))
+
+
+def batches(
+    model: PreTrainedModel, prompts: Sequence[list[int]], size: int, max_new_tokens: int
+) -> Iterator[tuple[list[list[int]], int]]:
+    """Prompts in order, at most `size` at a time, with the new tokens that each of a batch has room for."""
+    for length, group in groupby(prompts, lambda prompt: room(model, prompt, max_new_tokens)):
+        same = list(group)
+        for first in range(0, len(same), size):
+            yield same[first : first + size], length
 
 
 def sampling(temperature: float, top_k: int | None = None, top_p: float | None = None) -> dict[str, Any]:
@@ -270,11 +281,10 @@ def generate(
     watching = sys.stderr.isatty() and len(encoded) > 1
     with Progress(console=Console(stderr=True), disable=not watching) as progress:
         task = progress.add_task("prompts", total=len(encoded))
-        for first in range(0, len(encoded), batch_size):
-            batch = encoded[first : first + batch_size]
+        first = 0
+        for batch, length in batches(target, encoded, batch_size, max_new_tokens):
             seeds = [seed + first + i for i in range(len(batch))]
             decoding = LookaheadDecoding(config, tokenizer=tokenizer, seeds=seeds)
-            length = room(target, batch, max_new_tokens)
             printer = _Printer(tokenizer, enabled=not as_json and len(encoded) == 1)
             try:
                 answers = answer(
@@ -283,7 +293,8 @@ def generate(
             except (TypeError, ValueError) as error:
                 raise Problem(_first_line(error)) from error
             progress.advance(task, len(batch))
-            for text, one in zip(texts[first:], answers, strict=False):
+            first += len(batch)
+            for text, one in zip(texts[first - len(batch) :], answers, strict=False):
                 if as_json:
                     print(json.dumps(vars(one), ensure_ascii=False), flush=True)
                 elif printer.enabled:
@@ -344,12 +355,12 @@ def chat(
             ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True).input_ids
         else:
             ids = tokenizer(plain_text + line).input_ids
-        context = getattr(target.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        context = context_of(target)
         if context is not None and len(ids) >= context:
             print(f"[the talk has {len(ids):,} tokens, and the model's context is {context:,}: starting afresh]")
             messages, plain_text = [], ""
             continue
-        length = room(target, [ids], max_new_tokens)
+        length = room(target, ids, max_new_tokens)
         said = ""
         try:
             options = sampling(temperature, top_k, top_p)
@@ -415,7 +426,7 @@ def verify(
     divergences = []
     console = Console(stderr=True)
     for i, ids in enumerate(track(encoded, "verifying", console=console, disable=not sys.stderr.isatty()), 1):
-        options = sampling(temperature, top_k, top_p) | {"max_new_tokens": room(target, [ids], max_new_tokens)}
+        options = sampling(temperature, top_k, top_p) | {"max_new_tokens": room(target, ids, max_new_tokens)}
         decoding = LookaheadDecoding(config)
         try:
             found = compare(target, torch.tensor([ids], device=target.device), decoding, seed + i - 1, **options)

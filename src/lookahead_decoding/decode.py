@@ -9,7 +9,7 @@ from time import perf_counter
 
 from .choose import Sampler, choose
 from .config import LookaheadConfig
-from .lookahead import Choice, Lookahead, Propose
+from .lookahead import Choice, Lookahead, Propose, max_rows
 from .stats import Stats
 from .target import SINGLE, Target
 from .tree import TokenTree
@@ -23,7 +23,7 @@ class Request:
         prompt: its token ids, without padding.
         sampler: picks its tokens and knows where it ends.
         limit: length its text can reach, prompt included, padding not.
-        stop_ids: tokens that end it.
+        barred: tokens not worth guessing past: those that end it, and padding.
         propose: a further source of candidates.
         cached: tokens of the prompt that the target has committed already.
     """
@@ -31,7 +31,7 @@ class Request:
     prompt: tuple[int, ...]
     sampler: Sampler
     limit: int
-    stop_ids: frozenset[int] = frozenset()
+    barred: frozenset[int] = frozenset()
     propose: Propose | None = None
     cached: int = 0
 
@@ -55,8 +55,15 @@ def decode(
         requests: one per sequence of the target.
         config: W, N, G and the sources.
         stats: counts, updated before each step is given out.
+
+    Raises:
+        ValueError: the target has no room for a request.
     """
-    lookaheads = [Lookahead(r.prompt, config, limit=r.limit, stop_ids=r.stop_ids, propose=r.propose) for r in requests]
+    for request, length in zip(requests, target.lengths, strict=True):
+        needed = length + request.limit - request.cached + max_rows(config, own_source=request.propose is not None)
+        if needed > target.capacity:
+            raise ValueError(f"the target's capacity is {target.capacity} slots, and a request needs {needed}")
+    lookaheads = [Lookahead(r.prompt, config, limit=r.limit, stop_ids=r.barred, propose=r.propose) for r in requests]
     samplers = [r.sampler for r in requests]
     trees: list[TokenTree | None] = [SINGLE] * len(requests)
     with _timed(stats, "prefill"):

@@ -7,6 +7,7 @@ two best tokens were. When sampling, that is the margin of log p - log q, q bein
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,14 +54,15 @@ def compare(
     if plain == ours:
         return None
     pairs = zip(plain, ours, strict=False)
-    position = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(plain), len(ours)))
-    margin, scores = _margin(model, input_ids, seed, position, kwargs)
-    if scores.dtype in (torch.float32, torch.float64) and _dtype(model) in (torch.float32, torch.float64):
+    position = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+    if position is None:  # one goes on where the other ends, which no rounding explains
+        return Divergence(min(len(plain), len(ours)), math.inf, NEAR_TIE, False)
+    margin = _margin(model, input_ids, seed, position, kwargs)
+    if _dtype(model) in (torch.float32, torch.float64):
         wide = copy.deepcopy(model).double()
-        same = (
-            _dtype(model) == torch.float32 and len(set(map(tuple, _both(wide, input_ids, decoding, seed, kwargs)))) == 1
-        )
-        return Divergence(position, margin, NEAR_TIE, margin < NEAR_TIE and same)
+        again = LookaheadDecoding(decoding.config, propose=decoding.propose)
+        first, second = _both(wide, input_ids, again, seed, kwargs)
+        return Divergence(position, margin, NEAR_TIE, margin < NEAR_TIE and first == second)
     bound = 2 * _teacher_forced_difference(model, input_ids, seed, kwargs)
     return Divergence(position, margin, bound, margin <= bound)
 
@@ -94,10 +96,8 @@ def _plain(model: PreTrainedModel, ids: torch.Tensor, seed: int, kwargs: dict[st
     )
 
 
-def _margin(
-    model: PreTrainedModel, ids: torch.Tensor, seed: int, position: int, kwargs: dict[str, Any]
-) -> tuple[float, torch.Tensor]:
-    """Plain decoding's top-2 margin for the token at `position`, and its processed scores there (vocab,)."""
+def _margin(model: PreTrainedModel, ids: torch.Tensor, seed: int, position: int, kwargs: dict[str, Any]) -> float:
+    """Plain decoding's top-2 margin for the token at `position`, in its processed scores."""
     scores = _plain(model, ids, seed, kwargs, position + 1).scores[position][0]
     ranked = scores
     if kwargs.get("do_sample"):
@@ -109,7 +109,7 @@ def _margin(
         noise = torch.empty_like(probabilities).exponential_(1)
         ranked = (probabilities.log() - noise.log())[0]
     best = ranked.topk(2).values
-    return float(best[0] - best[1]), scores
+    return float(best[0] - best[1])
 
 
 def _teacher_forced_difference(model: PreTrainedModel, ids: torch.Tensor, seed: int, kwargs: dict[str, Any]) -> float:

@@ -37,7 +37,7 @@ from .config import LookaheadConfig
 from .decode import Request, decode
 from .lookahead import Choice, Propose, max_rows
 from .stats import Stats
-from .target import Target, check
+from .target import Target, check_length, probe
 
 # What we do with each field of GenerationConfig. "honoured": exactly as `generate` does. "engine": it chooses how
 # plain decoding runs, not what it says; ours replaces a default of the model's files, and what a caller asks for is
@@ -108,6 +108,8 @@ class LookaheadDecoding:
     Args:
         config: W, N, G and the sources; the defaults if left out.
         streamer: gets the prompt once, every token once, and the end. For one sequence.
+        tokenizer: needed for stop strings.
+        stop_strings: texts that end a sequence.
         seeds: one per sequence, for sampling; each sequence then draws from a generator of its own. With
             several sequences and no seeds they are drawn from torch's generator; with one, torch's is used itself.
         propose: a further source of candidates: the text so far (token ids, prompt included) to draft tokens.
@@ -177,11 +179,11 @@ class LookaheadDecoding:
         **model_kwargs: Any,
     ) -> Run:
         """Everything before the first forward: also a `custom_generate`, for who drives the steps himself."""
-        check(model)
+        probe(model)
         _refuse(model, generation_config, model_kwargs)
         if not input_ids.shape[1]:
             raise ValueError("input_ids: the prompt is empty; give at least one token")
-        context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        context = context_of(model)
         if context is not None and input_ids.shape[1] > context:
             raise ValueError(
                 f"input_ids: the prompt has {input_ids.shape[1]:,} tokens and the model's context is {context:,}; "
@@ -200,7 +202,9 @@ class LookaheadDecoding:
         requests = _requests(self, input_ids, logits_processor, stopping_criteria, generation_config, rows)
         before = past.get_seq_length()
         longest = before + max(r.limit - r.cached for r in requests)
-        target = Target(model, capacity=longest + max_rows(self.config), batch=len(requests))
+        check_length(model, longest)
+        rows_of_tree = max_rows(self.config, own_source=self.propose is not None)
+        target = Target(model, capacity=longest + rows_of_tree, batch=len(requests))
         if before:
             target.cache.load(past, [range(row.start, before) for row in rows])
         self.stats = Stats()
@@ -269,8 +273,9 @@ def generate(
 
     Args:
         model: any causal language model that can take a token tree.
+        inputs: token ids, (batch, length); or `input_ids=`, as a tokenizer names them.
         lookahead: the configuration, or a `LookaheadDecoding` whose `stats` are then filled.
-        seeds: one per sequence, for sampling (see `LookaheadDecoding`).
+        seeds, streamer, tokenizer: as for `LookaheadDecoding`.
         kwargs: everything else that `model.generate` takes.
 
     Returns:
@@ -298,6 +303,12 @@ def generate(
         base.stats, base.finish_reasons = decoding.stats, decoding.finish_reasons
 
 
+def context_of(model: PreTrainedModel) -> int | None:
+    """The model's context in tokens, or None where its configuration has none."""
+    context: int | None = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return context
+
+
 def call_generate(model: PreTrainedModel, decoding: LookaheadDecoding, loop: Any, **kwargs: Any) -> Any:
     """Call `model.generate` with `loop` as its decoding loop, and what it would keep from it in `decoding`.
 
@@ -306,9 +317,10 @@ def call_generate(model: PreTrainedModel, decoding: LookaheadDecoding, loop: Any
         loop: `decoding` itself, or its `prepare`.
         kwargs: everything that `model.generate` takes.
     """
-    for name in ("assistant_model", "synced_gpus", "custom_generate"):
-        if kwargs.pop(name, None):
-            raise ValueError(f"{name}: {GENERATE_PARAMETERS[name]}")
+    for name, what in GENERATE_PARAMETERS.items():
+        value = kwargs.pop(name, None) if what != _HONOURED else None
+        if value is not None and value is not False:
+            raise ValueError(f"{name}: {what}")
     if kwargs.pop("assistant_tokenizer", None) is not None:
         raise ValueError(f"assistant_tokenizer: {_ASSISTED}")
     if kwargs.get("cache_implementation") == "paged":
@@ -343,8 +355,6 @@ def _refuse(model: PreTrainedModel, config: GenerationConfig, model_kwargs: dict
     for name, value in model_kwargs.items():
         if name not in _MODEL_INPUTS and value is not None and value is not False:
             raise ValueError(f"{name}: lookahead decoding takes token ids and an attention mask only; leave it out")
-    if model_kwargs.get("use_cache") is False:
-        raise ValueError("use_cache=False: lookahead decoding needs a cache; leave it out")
 
 
 @dataclass(frozen=True)
@@ -381,7 +391,9 @@ def _layout(ids: torch.Tensor, model_kwargs: dict[str, Any], past: Any, config: 
     if whole and covered >= length:
         raise ValueError(f"past_key_values covers all {length} tokens: give at least one new one")
     positions = model_kwargs.get("position_ids")
-    if positions is not None and positions.ndim == 2 and positions.shape[1] <= total:
+    if positions is not None:
+        if positions.ndim != 2 or positions.shape[1] > total:
+            raise ValueError("position_ids: only those that follow the attention mask are supported; leave it out")
         first = torch.tensor(starts, device=positions.device)[:, None]
         wanted = torch.arange(total, device=positions.device)[None] - first  # (batch, total)
         wanted = wanted[:, total - positions.shape[1] :]
@@ -398,12 +410,13 @@ def _requests(
     config: GenerationConfig,
     rows: list[_Row],
 ) -> list[Request]:
-    max_length = criteria.max_length
-    if max_length is None:
+    ends = [c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)]
+    if not ends:
         raise ValueError("the request has no end: give max_new_tokens")
+    max_length = max(min(ends), ids.shape[1] + 1)
     batch = len(ids)
     stop_ids = {t for c in criteria if type(c) is EosTokenCriteria for t in c.eos_token_id.tolist()}
-    others = [c for c in criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria)]
+    others = [c for c in criteria if type(c) is not EosTokenCriteria and not isinstance(c, MaxLengthCriteria)]
     generators = _generators(decoding.seeds, batch, bool(config.do_sample), ids.device)
     pad = config._pad_token_tensor
     requests = []
@@ -414,14 +427,14 @@ def _requests(
             max_length,
             stop_ids=tuple(stop_ids),
             processors=list(processors) if own else [_for_row(p, row, batch) for p in processors],
-            criteria=others if own else [_copied(c) for c in others],
+            criteria=others if own else [_for_row(c, row, batch) for c in others],
             do_sample=bool(config.do_sample),
             generator=generator,
             keep_scores=bool(config.return_dict_in_generate and config.output_scores),
             keep_logits=bool(config.return_dict_in_generate and config.output_logits),
         )
         prompt = tuple(ids[row, place.skip :].tolist())
-        barred = frozenset(stop_ids | ({_first(pad)} if pad is not None and stop_ids else set()))
+        barred = frozenset(stop_ids | ({_first(pad)} if pad is not None and stop_ids else set()))  # not worth guessing
         requests.append(Request(prompt, sampler, max_length - place.skip, barred, decoding.propose, place.cached))
     return requests
 
@@ -449,18 +462,26 @@ def _copied(item: Any) -> Any:
 
 
 def _for_row(processor: Any, row: int, batch: int) -> Any:
-    """A processor's copy for one sequence of a batch: `generate` builds some of them with a state per sequence."""
+    """A processor's copy for one sequence of a batch.
+
+    `generate` builds some of them with a state per sequence. A processor of the caller's that depends on the number of
+    the sequence may have a method `for_row(number)` that gives the one to use.
+    """
     if isinstance(processor, PrefixConstrainedLogitsProcessor):
         allowed = processor._prefix_allowed_tokens_fn
         return PrefixConstrainedLogitsProcessor(lambda _, text: allowed(row, text), 1)
     own = _copied(processor)
+    if hasattr(own, "for_row"):
+        return own.for_row(row)
     if isinstance(own, RepetitionPenaltyLogitsProcessor):
         for name, value in vars(own).items():
             if isinstance(value, torch.Tensor) and value.ndim and len(value) == batch:
                 setattr(own, name, value[row : row + 1])
     elif isinstance(own, EncoderRepetitionPenaltyLogitsProcessor):
+        row //= batch // len(own.encoder_input_ids)  # made before the sequences were multiplied
         own.encoder_input_ids = own.encoder_input_ids[row : row + 1]
     elif isinstance(own, EncoderNoRepeatNGramLogitsProcessor):
+        row //= batch // own.batch_size
         own.generated_ngrams, own.batch_size = own.generated_ngrams[row : row + 1], 1
     return own
 

@@ -22,7 +22,7 @@ from .tree import TokenTree, build_tree
 from .window import Window
 
 PROPOSED_ROWS = 128
-"""Rows that a source of one's own may add to a step."""
+"""Room for a source of one's own in a step; candidates that do not fit into it are left out."""
 
 Propose = Callable[[Sequence[int]], Iterable[Sequence[int]]]
 """A source of one's own: the text so far, prompt included, to the draft tokens of some candidates."""
@@ -46,10 +46,12 @@ class Choice:
     window_tokens: tuple[int, ...] = ()
 
 
-def max_rows(config: LookaheadConfig) -> int:
-    """Rows of the largest tree that `plan` can give."""
+def max_rows(config: LookaheadConfig, own_source: bool = False) -> int:
+    """Rows of the largest tree that `plan` can give, with or without a source of one's own."""
     drafts = config.ngram_size - 1
-    return 1 + drafts * (config.window_size + config.verification_set_size) + PROPOSED_ROWS
+    window = drafts * config.window_size if "window" in config.sources else 1
+    candidates = drafts * config.verification_set_size if config.sources else 0
+    return window + candidates + (PROPOSED_ROWS if own_source else 0)
 
 
 class Lookahead:
@@ -82,6 +84,7 @@ class Lookahead:
         self._config = config
         self._limit = limit
         self._propose = propose
+        self._max_rows = max_rows(config, own_source=propose is not None)
         self._pool = NgramPool(config.verification_set_size)
         self._window: Window | None = None
         if "window" in config.sources:
@@ -103,7 +106,7 @@ class Lookahead:
             candidates += self._propose(self.text)
         rows = self._window.rows if self._window else ()
         depth = max(0, self._limit - 1 - len(self.text))
-        return build_tree(root, rows, candidates, max_depth=depth, max_rows=max_rows(self._config))
+        return build_tree(root, rows, candidates, max_depth=depth, max_rows=self._max_rows)
 
     def observe(self, choice: Choice) -> None:
         """Learn from a step: its tokens join the text, its window tokens the window and the pool."""

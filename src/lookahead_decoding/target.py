@@ -1,34 +1,60 @@
-"""The model being served: everything we know about the inside of transformers is here and in the cache beside it."""
+"""The model being served: what we know about the inside of transformers is here and in the cache beside it."""
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
 
-from .attention import tree_mask
+from .attention import attend, dense_mask, encode_rows
 from .cache import TreeCache
 from .choose import StepLogits
-from .tree import TokenTree
-
-_probed: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
-"""Models that the probe has seen, with why they failed or ''. It costs a few forwards, so each model pays once."""
+from .tree import TokenTree, build_tree
 
 SINGLE = TokenTree((0,), (-1,))
 """The tree of a sequence's last prompt token, which prefill evaluates."""
 
-STRANGE_WINDOW = re.compile(r"^(?!(use)?_?sliding_window|max_window_layers|chunk_size_feed_forward).*(window|chunk)")
-"""Names of settings that say a layer does not see every position, other than those we read."""
+OURS = "lookahead_tree"
+"""The name of our attention in transformers' registries."""
 
-WINDOWS = {
-    "full_attention": None,
-    "sliding_attention": "sliding_window",
-}
+STRANGE_WINDOW = re.compile(r"^(?!(use)?_?sliding_window|max_window_layers|chunk_size_feed_forward).*(window|chunk)")
+"""Settings that say a layer does not see every position, other than those we read (docs/decisions/0001)."""
+
+_probed: WeakKeyDictionary[PreTrainedModel, dict[object, tuple[str, str]]] = WeakKeyDictionary()
+"""What the probe found, per model and way of attention: it costs a few forwards, so each model pays once. It hangs on
+the model's life and on nothing else, which is why it is the one piece of global state."""
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Our attention with the signature of transformers; it is in force during our own steps alone."""
+    if attention_mask is None or position_bias is not None:
+        raise ValueError("a step's attention needs our mask and takes no position bias")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    return attend(query, key, value, attention_mask, scale, softcap or 0.0, s_aux), None
+
+
+AttentionInterface.register(OURS, _attend)
+AttentionMaskInterface.register(OURS, sdpa_mask)
 
 
 class Target:
@@ -36,80 +62,105 @@ class Target:
 
     Args:
         model: what `AutoModelForCausalLM.from_pretrained` gives.
-        prompts: token ids of each sequence, without padding, at least one each.
-        capacity: longest length a sequence can reach, plus the rows of the largest tree.
+        capacity: slots per sequence: the longest length one can reach, plus the rows of the largest tree.
+        batch: sequences.
 
     Raises:
         ValueError: the model cannot take a token tree; the message says why.
     """
 
     def __init__(self, model: PreTrainedModel, capacity: int, batch: int = 1) -> None:
+        self._start(model, capacity, batch, probe(model))
+
+    def _start(self, model: PreTrainedModel, capacity: int, batch: int, attention: str) -> None:
         self.model = model
-        self._config = model.config.get_text_config(decoder=True)
-        check(model)
-        _check_length(self._config, capacity)
+        self.config = model.config.get_text_config(decoder=True)
+        self.attention = attention
+        self.cache = TreeCache(len(DynamicCache(config=self.config).layers), batch, capacity)
         self._keep_index = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._kinds = mask_kinds(self._config)
+        self._kinds = mask_kinds(self.config)
         self._dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        self.cache = TreeCache(len(DynamicCache(config=self._config).layers), batch, capacity)
+        heads = self.config.num_attention_heads
+        key_heads = getattr(self.config, "num_key_value_heads", None) or heads
+        self._groups = heads // key_heads if attention == OURS else 1
 
     @property
     def lengths(self) -> list[int]:
         """Committed tokens of each sequence."""
         return self.cache.lengths
 
+    @property
+    def capacity(self) -> int:
+        """Slots per sequence."""
+        return self.cache.slots.capacity
+
     def prefill(self, prompts: Sequence[Sequence[int]]) -> StepLogits:
         """Evaluate the prompts behind what is committed, and return the logits after the last token of each.
 
         All but the last token is committed. That one is the step's root and waits for `commit`, as after any forward.
+
+        Args:
+            prompts: token ids of each sequence, without padding, at least one each.
         """
         longest = max(map(len, prompts))
-        same = len(set(self.lengths)) == 1
-        past = self.lengths[0]
-        ids = torch.tensor([[*p, *[p[-1]] * (longest - len(p))] for p in prompts], device=self.model.device)
-        if same and not past:  # causal attention, as the model has it; padding on the right is never seen
-            mask: Any = None
-        else:
-            chains = [TokenTree(tuple(p), tuple(range(-1, len(p) - 1))) for p in prompts]
-            mask = self._masks(chains, longest)
-        starts = torch.tensor(self.lengths, device=ids.device)
-        positions = starts[:, None] + torch.arange(longest, device=ids.device)
         last = [len(p) - 1 for p in prompts]
-        hidden = self._call(ids, positions, mask, sorted(set(last)))
-        rows = {node: row for row, node in enumerate(sorted(set(last)))}
-        logits = torch.stack([hidden[b, rows[node]] for b, node in enumerate(last)])[:, None]  # (batch, 1, vocab)
+        if any(self.lengths):
+            chains = [TokenTree(tuple(p), tuple(range(-1, len(p) - 1))) for p in prompts]
+            logits = self._forward(chains, longest, sorted(set(last)))
+        else:  # causal attention, as the model has it: padding on the right is never seen
+            ids = np.array([[*p, *[p[-1]] * (longest - len(p))] for p in prompts])
+            positions = np.broadcast_to(np.arange(longest), ids.shape)
+            logits = self._call(ids, positions, None, sorted(set(last)))
+        row = {node: i for i, node in enumerate(sorted(set(last)))}
+        logits = torch.stack([logits[b, row[node]] for b, node in enumerate(last)])[:, None]  # (batch, 1, vocab)
         self.cache.commit([range(n) for n in last])
         return StepLogits(logits, (0,))
 
     def forward(self, trees: Sequence[TokenTree | None]) -> StepLogits:
         """Evaluate one tree per sequence behind its committed tokens; None where the sequence has ended."""
-        rows = max(len(t) for t in trees if t is not None)
-        ids, positions = [], []
-        for tree, length in zip(trees, self.lengths, strict=True):
-            tree = tree or SINGLE
-            padding = rows - len(tree)
-            ids.append([*tree.tokens, *[tree.tokens[0]] * padding])
-            positions.append([*(length + d for d in tree.depths), *[length] * padding])
         keep = sorted({node for tree in trees if tree is not None for node in tree.scored})
-        device = self.model.device
-        logits = self._call(
-            torch.tensor(ids, device=device), torch.tensor(positions, device=device), self._masks(trees, rows), keep
-        )
+        logits = self._forward(trees, max(len(t) for t in trees if t is not None), keep)
         return StepLogits(logits, tuple(keep))
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """Keep the keys and values of each path, root first, and drop the rest of the last forward."""
         self.cache.commit(paths)
 
-    def _call(self, ids: torch.Tensor, positions: torch.Tensor, mask: Any, keep: list[int]) -> torch.Tensor:
+    def _forward(self, trees: Sequence[TokenTree | None], nodes: int, keep: list[int]) -> torch.Tensor:
+        ids = np.zeros((len(trees), nodes), dtype=np.int64)
+        positions = np.array(self.lengths)[:, None].repeat(nodes, 1)
+        for b, tree in enumerate(trees):
+            if tree is not None:
+                ids[b, : len(tree)] = tree.tokens
+                positions[b, : len(tree)] += tree.depths
+        masks = {kind: self._mask(trees, nodes, window) for kind, window in self._kinds.items()}
+        mask = masks if len(masks) > 1 else next(iter(masks.values()))
+        with self._our_attention():
+            return self._call(ids, positions, mask, keep)
+
+    def _mask(self, trees: Sequence[TokenTree | None], nodes: int, sliding_window: int | None) -> torch.Tensor:
+        rows = encode_rows(trees, self.lengths, nodes, sliding_window)
+        if self.attention == OURS and self.model.device.type == "cuda":
+            return torch.from_numpy(rows).to(self.model.device)
+        return dense_mask(rows, self._dtype, self._groups).to(self.model.device)
+
+    @contextmanager
+    def _our_attention(self) -> Iterator[None]:
+        before = self.config._attn_implementation
+        self.config._attn_implementation = self.attention
+        try:
+            yield
+        finally:
+            self.config._attn_implementation = before
+
+    def _call(self, ids: np.ndarray, positions: np.ndarray, mask: Any, keep: list[int]) -> torch.Tensor:
         """Logits of the rows in `keep`, (batch, len(keep), vocab)."""
-        options: dict[str, Any] = {}
-        if self._keep_index:
-            options["logits_to_keep"] = torch.tensor(keep, device=ids.device)
+        device = self.model.device
+        options: dict[str, Any] = {"logits_to_keep": torch.tensor(keep)} if self._keep_index else {}
         with torch.no_grad():
             logits: torch.Tensor = self.model(
-                input_ids=ids,
-                position_ids=positions,
+                input_ids=torch.from_numpy(ids).to(device),
+                position_ids=torch.tensor(positions).to(device),
                 attention_mask=mask,
                 past_key_values=self.cache,
                 use_cache=True,
@@ -118,93 +169,135 @@ class Target:
             ).logits
         return logits if self._keep_index else logits[:, keep]
 
-    def _masks(self, trees: Sequence[TokenTree | None], rows: int) -> Any:
-        masks = {
-            kind: tree_mask(trees, self.lengths, rows, self._dtype, self.model.device, window)
-            for kind, window in self._kinds.items()
-        }
-        return masks if len(masks) > 1 else next(iter(masks.values()))
-
 
 def mask_kinds(config: Any) -> dict[str, int | None]:
-    """The kinds of attention mask that a model's layers want, each with its window.
+    """The kinds of attention mask that a model's layers want, each with its sliding window.
 
     Raises:
         ValueError: a kind of layer that has no key for every position.
     """
     types = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
+    sliding_window = getattr(config, "sliding_window", None)
     if not types:
-        return {"sliding_attention" if window else "full_attention": window}
-    unknown = sorted(set(types) - set(WINDOWS))
+        return {"sliding_attention" if sliding_window else "full_attention": sliding_window}
+    unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
     if unknown:
-        raise ValueError(
-            f"a model of type {config.model_type!r} cannot take a token tree: it has layers of kind "
-            f"{', '.join(unknown)}. Use model.generate"
-        )
-    return {kind: window if WINDOWS[kind] else None for kind in sorted(set(types))}
+        raise ValueError(f"it has layers of kind {', '.join(unknown)}")
+    return {kind: sliding_window if kind == "sliding_attention" else None for kind in sorted(set(types))}
 
 
-def _check_length(config: Any, capacity: int) -> None:
-    """Refuse lengths at which a rotary scaling changes its frequencies for tokens it already placed."""
+def check_length(model: PreTrainedModel, length: int) -> None:
+    """Refuse a length at which a rotary scaling changes its frequencies for tokens it already placed.
+
+    Raises:
+        ValueError: a sequence of `length` tokens would cross such a point.
+    """
+    config = model.config.get_text_config(decoder=True)
     parameters = getattr(config, "rope_parameters", None) or {}
     for entry in [parameters, *(v for v in parameters.values() if isinstance(v, dict))]:
         if entry.get("rope_type") in ("dynamic", "longrope"):
             original = entry.get("original_max_position_embeddings") or config.max_position_embeddings
-            if capacity > original:
+            if length > original:
                 raise ValueError(
                     f"{entry['rope_type']} rotary scaling changes past {original} tokens, and this request can reach "
-                    f"{capacity} (length plus one tree): shorten it or use model.generate"
+                    f"{length}: shorten it or use model.generate"
                 )
 
 
-def check(model: PreTrainedModel) -> None:
-    """Find out, once per model, whether it evaluates token trees exactly.
+def probe(model: PreTrainedModel) -> str:
+    """Find out, once per model, whether and how it evaluates token trees exactly.
 
-    A prompt of four tokens, two branches of two nodes, commit of the second branch, and one more step, against forwards
-    of the same texts without a cache.
+    A prompt, a tree with a long branch and a short one, commit of the short one, and one more step, against forwards of
+    the same texts without a cache. Our attention is tried first, then the model's own with a dense mask.
+
+    Returns:
+        The name of the attention to use, as `config._attn_implementation` takes it.
 
     Raises:
         ValueError: it does not; the message names the model's type and what failed.
     """
-    if model not in _probed:
-        _probed[model] = _probe(model)
-    if _probed[model]:
-        name = model.config.model_type
-        raise ValueError(f"a model of type {name!r} cannot take a token tree: {_probed[model]}. Use model.generate")
+    config = model.config.get_text_config(decoder=True)
+    own = config._attn_implementation
+    reason = _unsuitable(model, config)
+    if not reason:
+        known = _probed.setdefault(model, {})
+        key = (own, model.dtype, model.device)
+        if key not in known:
+            found = ("", "")
+            for attention in (OURS, own):
+                reason = _try(model, attention)
+                if not reason:
+                    found = (attention, "")
+                    break
+                found = ("", reason)
+            if found[1] and model.training:
+                raise ValueError("the model is in training mode, where its outputs are random: call model.eval()")
+            known[key] = found
+        attention, reason = known[key]
+        if not reason:
+            return attention
+    raise ValueError(
+        f"a model of type {model.config.model_type!r} cannot take a token tree: {reason}. Use model.generate"
+    )
 
 
-def _probe(model: PreTrainedModel) -> str:
+def _unsuitable(model: PreTrainedModel, config: Any) -> str:
+    """Why a model cannot take a tree, as far as its configuration says."""
     if model.config.is_encoder_decoder:
         return "it is an encoder-decoder"
-    config = model.config.get_text_config(decoder=True)
     strange = sorted(n for n, v in vars(config).items() if STRANGE_WINDOW.search(n) and isinstance(v, int) and v > 1)
     if strange:
         return f"its configuration has {', '.join(strange)}, an attention window of a kind that is not understood"
     if config._attn_implementation not in ("eager", "sdpa"):
-        return (
-            f"its attention is {config._attn_implementation!r}, which takes no mask; load it with "
-            "attn_implementation='sdpa'"
-        )
-    prompt = [t % config.vocab_size for t in (3, 5, 7, 11)]
-    a, b, c, d, e, f = (t % config.vocab_size for t in (13, 17, 19, 23, 29, 31))
-    _probed[model] = ""  # so that the target below does not probe again
+        name = config._attn_implementation
+        return f"its attention is {name!r}, which takes no mask; load it with attn_implementation='sdpa'"
     try:
-        target = Target(model, capacity=16)
-        target.prefill([prompt])
+        mask_kinds(config)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _try(model: PreTrainedModel, attention: str) -> str:
+    """What went wrong with a small tree; empty if it was exact."""
+    vocab = model.config.get_text_config(decoder=True).vocab_size
+    prompt, long, short, more = (
+        [t % vocab for t in range(a, b, 2)] for a, b in ((3, 11), (13, 27), (29, 33), (35, 39))
+    )
+    root = prompt.pop()
+
+    def started() -> Target:
+        target = Target.__new__(Target)
+        target._start(model, 64, 1, attention)
+        target.prefill([[*prompt]])
         target.commit([[0]])
-        first = target.forward([TokenTree((a, b, c, d), (-1, 0, 0, 2), (), 1)])  # a -> b and a -> c -> d
-        target.commit([[0, 2, 3]])
-        second = target.forward([TokenTree((e, f), (-1, 0), (), 1)])
-        texts = [[*prompt, a, b], [*prompt, a, c, d], [*prompt, a, c, d, e, f]]
-        ours = [first.logits[0, [0, 1]], first.logits[0, [0, 2, 3]], second.logits[0]]
-        for text, logits in zip(texts, ours, strict=True):
-            with torch.no_grad():
-                plain = model(input_ids=torch.tensor([text], device=model.device), use_cache=False).logits[0]
-            wanted = plain[-len(logits) :].float()
-            tolerance = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 0.1
-            if not (logits.float() - wanted).abs().max() <= tolerance * wanted.abs().max():
-                return "a branch of a small tree gives other logits than the same tokens in a row"
-    except Exception as error:
-        return f"the probe raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return target
+
+    def plain(ids: list[int]) -> torch.Tensor:
+        with torch.no_grad():
+            logits: torch.Tensor = model(torch.tensor([ids], device=model.device), use_cache=False).logits[0]
+        return logits.double()
+
+    try:
+        target = started()
+        first = target.forward([build_tree(root, candidates=[long, short])]).logits[0].double()
+        branch = range(1 + len(long), 1 + len(long) + len(short))
+        target.commit([[0, *branch]])
+        second = target.forward([build_tree(more[0], candidates=[more[1:]])]).logits[0].double()
+        chain = started().forward([build_tree(root, candidates=[[*short, *more]])]).logits[0].double()
+        ours = torch.cat([first[[0, *branch]], second])
+        wanted = plain([*prompt, root, *short, *more])[len(prompt) :]
+        other = plain([*prompt, root, *long])[len(prompt) :]
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
+        return f"the probe raised {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    # A chain through our cache rounds as a tree does, and differs from plain decoding by rounding alone; in half
+    # precision that is the yardstick.
+    rounding = (chain - wanted).norm()
+    bound = 1e-3 * wanted.norm() + (3 * rounding if model.dtype in (torch.bfloat16, torch.float16) else 0.0)
+    if rounding > 0.1 * wanted.norm():
+        return "a row of tokens through a cache of ours gives other logits than without one"
+    if not ((ours - wanted).norm() <= bound and (first[: 1 + len(long)] - other).norm() <= bound):
+        return "a branch of a small tree gives other logits than the same tokens in a row"
     return ""

@@ -75,14 +75,25 @@ def stream(
     To cancel, stop asking: nothing runs between two steps, and several streams on one model may take turns.
 
     Args:
+        model: any causal language model that can take a token tree.
+        tokenizer: its tokenizer.
         prompt: text, or token ids.
         lookahead: W, N, G and the sources.
         seed: for sampling; torch's own generator is used if left out.
+        propose: a further source of candidates (see `LookaheadDecoding`).
         kwargs: what `model.generate` takes, such as `max_new_tokens`, `do_sample` or `stop_strings`.
 
+    Returns:
+        A generator of steps; prefill is the first. A cache that was passed in is filled when the last one was taken.
+
     Raises:
-        TypeError, ValueError: an argument that is wrong or cannot be honoured.
+        TypeError, ValueError: an argument that is wrong or cannot be honoured, before the first step.
     """
+    for name in ("streamer", "return_dict_in_generate"):
+        if kwargs.get(name):
+            raise ValueError(f"{name}: a stream gives its steps itself; leave it out, or use generate")
+    if kwargs.get("num_return_sequences", 1) not in (None, 1):
+        raise ValueError("num_return_sequences: a stream has one sequence; start several")
     ids = tokenizer(prompt).input_ids if isinstance(prompt, str) else list(prompt)
     if not ids:
         raise ValueError("the prompt is empty: give at least one token")
@@ -100,4 +111,6 @@ def _stream(run: Run, detokenizer: Detokenizer) -> Iterator[StreamStep]:
     for (choice,) in run.steps():
         assert choice is not None  # the one sequence runs until it ends
         reason = run.finish_reasons[0] or None
+        if reason is not None:
+            run.output()
         yield StreamStep(detokenizer.add(choice.tokens, reason is not None), choice.tokens, run.stats, reason)

@@ -22,7 +22,7 @@ class TokenTree:
         first_candidate: nodes from here on are candidates, the ones before are the root and the window.
 
     Raises:
-        ValueError: the sizes differ, or a parent does not stand before its child.
+        ValueError: the sizes differ, a parent does not stand before its child, or window and candidates overlap.
     """
 
     tokens: tuple[int, ...]
@@ -33,6 +33,8 @@ class TokenTree:
     def __post_init__(self) -> None:
         if len(self.tokens) != len(self.parents) or not self.tokens:
             raise ValueError(f"a tree needs as many parents as tokens, got {len(self.parents)} and {len(self.tokens)}")
+        if not 1 <= self.first_candidate <= len(self.tokens) or any(n >= self.first_candidate for n in self.last_row):
+            raise ValueError("the window's nodes stand before the first candidate, and both inside the tree")
         if self.parents[0] != -1 or any(not 0 <= p < i for i, p in enumerate(self.parents) if i):
             raise ValueError("the root's parent is -1, and every other parent stands before its child")
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import lookahead_decoding as ld
+
+DEFAULT = ld.LookaheadConfig()
 
 
 def generate(
     model: Any,
     *,
-    window_size: int = 15,
-    ngram_size: int = 5,
-    verification_set_size: int = 15,
-    sources: tuple[str, ...] = ("window", "prompt", "output"),
+    lookahead: ld.LookaheadConfig | None = None,
+    window_size: int = DEFAULT.window_size,
+    ngram_size: int = DEFAULT.ngram_size,
+    verification_set_size: int = DEFAULT.verification_set_size,
+    sources: tuple[str, ...] = DEFAULT.sources,
     **kwargs: Any,
 ) -> Any:
     """`model.generate` with lookahead decoding: everything else is passed on."""
-    config = ld.LookaheadConfig(window_size, ngram_size, verification_set_size, sources)
-    return ld.generate(model, lookahead=config, **{k: v for k, v in kwargs.items() if v is not None})
+    config = lookahead or ld.LookaheadConfig(window_size, ngram_size, verification_set_size, sources)
+    named = inspect.signature(model.generate).parameters  # transformers fills in those that the caller left out
+    return ld.generate(model, lookahead=config, **{k: v for k, v in kwargs.items() if v is not None or k not in named})

@@ -1,0 +1,182 @@
+"""Attention of a step on a GPU, as a Triton kernel.
+
+Few queries meet many keys, so the keys are split over programs, as flash-decoding does, and the parts are joined
+by log-sum-exp. One program takes a tile of the rows of all query heads that share a key head, so keys and values
+are read once per key head and never expanded. The committed prefix needs no mask, only its length; the rows of the
+tree behind it look up who sees whom.
+
+Triton is imported here alone; on a machine without a GPU its interpreter runs the same kernel (TRITON_INTERPRET=1).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+KEYS = 64
+"""Keys per inner step."""
+
+
+@triton.jit
+def _part(
+    query, key, value, rows, out, lse,
+    scale, softcap,
+    nodes, groups, key_heads, splits,
+    q_batch, q_head, q_row, k_batch, k_head, k_slot, v_batch, v_head, v_slot, r_batch, r_row,
+    HAS_CAP: tl.constexpr, SIZE: tl.constexpr, V_SIZE: tl.constexpr, SIZE_P: tl.constexpr, V_SIZE_P: tl.constexpr,
+    TILE: tl.constexpr, KEYS: tl.constexpr, PRECISE: tl.constexpr,
+):  # fmt: skip
+    """One tile of rows, one key head, one part of the keys."""
+    tile, pair, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    batch, head = pair // key_heads, pair % key_heads
+    lane = tile * TILE + tl.arange(0, TILE)  # row of a query head that shares this key head: group-major
+    live = lane < nodes * groups
+    node, group = lane % nodes, lane // nodes
+    dims, v_dims = tl.arange(0, SIZE_P), tl.arange(0, V_SIZE_P)
+    keys = tl.arange(0, KEYS)
+
+    base = rows + batch * r_batch
+    length = tl.load(base)  # the same for all rows
+    depth = tl.load(base + node * r_row + 1, mask=live, other=0)
+    window = tl.load(base + 2)
+    end = length + nodes
+    chunk = tl.cdiv(tl.cdiv(end, splits), KEYS) * KEYS
+    start = part * chunk
+    stop = tl.minimum(start + chunk, end)
+
+    q = tl.load(
+        query + batch * q_batch + (head * groups + group)[:, None] * q_head + node[:, None] * q_row + dims[None, :],
+        mask=live[:, None] & (dims < SIZE)[None, :],
+        other=0.0,
+    )
+    best = tl.full([TILE], float("-inf"), tl.float32)
+    total = tl.zeros([TILE], tl.float32)
+    mean = tl.zeros([TILE, V_SIZE_P], tl.float32)
+    for first in range(start, stop, KEYS):
+        slot = first + keys
+        inside = slot < stop
+        k = tl.load(
+            key + batch * k_batch + head * k_head + slot[None, :].to(tl.int64) * k_slot + dims[:, None],
+            mask=inside[None, :] & (dims < SIZE)[:, None],
+            other=0.0,
+        )
+        scores = (tl.dot(q, k, input_precision="ieee") if PRECISE else tl.dot(q, k)) * scale
+        if HAS_CAP:
+            scaled = scores / softcap
+            scores = softcap * (2.0 / (1.0 + tl.exp(-2.0 * scaled)) - 1.0)
+        other = slot - length  # node of the tree, negative in the prefix
+        in_tree = inside & (other >= 0)
+        told = tl.load(
+            base + node[:, None] * r_row + 3 + other[None, :], mask=live[:, None] & in_tree[None, :], other=0
+        )
+        other_depth = tl.load(base + other * r_row + 1, mask=in_tree, other=0)
+        position = tl.where(other >= 0, length + other_depth, slot)
+        near = (length + depth)[:, None] - position[None, :] < window
+        seen = inside[None, :] & near & ((other < 0)[None, :] | (told != 0))
+        scores = tl.where(seen, scores, float("-inf"))
+        new_best = tl.maximum(best, tl.max(scores, 1))
+        safe = tl.where(new_best == float("-inf"), 0.0, new_best)
+        weight = tl.exp(scores - safe[:, None])
+        shrink = tl.exp(best - safe)
+        total = total * shrink + tl.sum(weight, 1)
+        v = tl.load(
+            value + batch * v_batch + head * v_head + slot[:, None].to(tl.int64) * v_slot + v_dims[None, :],
+            mask=inside[:, None] & (v_dims < V_SIZE)[None, :],
+            other=0.0,
+        )
+        if PRECISE:
+            mean = mean * shrink[:, None] + tl.dot(weight, v, input_precision="ieee")
+        else:
+            mean = mean * shrink[:, None] + tl.dot(weight.to(v.dtype), v)
+        best = new_best
+    alive = total > 0
+    mean = mean / tl.where(alive, total, 1.0)[:, None]
+    sums = tl.where(alive, best + tl.log(tl.where(alive, total, 1.0)), float("-inf"))
+    place = (pair * splits + part) * nodes * groups + lane
+    tl.store(out + place[:, None] * V_SIZE + v_dims[None, :], mean, mask=live[:, None] & (v_dims < V_SIZE)[None, :])
+    tl.store(lse + place, sums, mask=live)
+
+
+@triton.jit
+def _join(
+    part, lse, sinks, out,
+    nodes, groups, key_heads, splits,
+    HAS_SINKS: tl.constexpr, V_SIZE: tl.constexpr, V_SIZE_P: tl.constexpr, SPLITS_P: tl.constexpr,
+):  # fmt: skip
+    """One row of one query head: its parts, weighed by their log-sum-exp, into (batch, rows, heads, size)."""
+    lane, pair = tl.program_id(0), tl.program_id(1)
+    node, group = lane % nodes, lane // nodes
+    batch, head = pair // key_heads, (pair % key_heads) * groups + group
+    which, dims = tl.arange(0, SPLITS_P), tl.arange(0, V_SIZE_P)
+    place = (pair * splits + which) * nodes * groups + lane
+    sums = tl.load(lse + place, mask=which < splits, other=float("-inf"))
+    best = tl.max(sums, 0)
+    if HAS_SINKS:
+        sink = tl.load(sinks + head).to(tl.float32)
+        best = tl.maximum(best, sink)
+    weight = tl.exp(sums - best)
+    total = tl.sum(weight, 0)
+    if HAS_SINKS:
+        total += tl.exp(sink - best)
+    values = tl.load(
+        part + place[:, None] * V_SIZE + dims[None, :],
+        mask=(which < splits)[:, None] & (dims < V_SIZE)[None, :],
+        other=0.0,
+    )
+    mean = tl.sum(values * weight[:, None], 0) / total
+    row = (batch * nodes + node) * key_heads * groups + head
+    tl.store(out + row * V_SIZE + dims, mean.to(out.dtype.element_ty), mask=dims < V_SIZE)
+
+
+def splits_for(device: torch.device, capacity: int, programs: int) -> int:
+    """Parts of the keys: enough programs for two per multiprocessor, and none with fewer than 2 x KEYS keys."""
+    processors = 4 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(2 * processors // max(1, programs), triton.cdiv(capacity, 2 * KEYS), 64))
+
+
+def tree_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of tree rows over a cache.
+
+    Args:
+        query: (batch, heads, nodes, size), last dimension contiguous.
+        key, value: (batch, key heads, capacity, size): committed slots, then the step's own rows, then anything.
+        rows: (batch, 1, nodes, 3 + nodes) int32, as `attention.encode_rows` gives it.
+        scale: of the scores.
+        softcap: scores are capped at this by a tanh; 0 does not cap.
+        sinks: (heads,), a score per head that takes weight and gives nothing.
+
+    Returns:
+        (batch, nodes, heads, size), in the dtype of the queries.
+    """
+    batch, heads, nodes, size = query.shape
+    key_heads, capacity, v_size = key.shape[1], key.shape[2], value.shape[3]
+    groups = heads // key_heads
+    tile = max(16, min(64, triton.next_power_of_2(nodes * groups)))
+    tiles = triton.cdiv(nodes * groups, tile)
+    splits = splits_for(query.device, capacity, tiles * batch * key_heads)
+    part = torch.empty(batch * key_heads, splits, nodes * groups, v_size, dtype=torch.float32, device=query.device)
+    lse = torch.empty(batch * key_heads, splits, nodes * groups, dtype=torch.float32, device=query.device)
+    out = torch.empty(batch, nodes, heads, v_size, dtype=query.dtype, device=query.device)
+    v_size_p = triton.next_power_of_2(v_size)
+    _part[(tiles, batch * key_heads, splits)](
+        query, key, value, rows, part, lse, scale, softcap, nodes, groups, key_heads, splits,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], rows.stride(0), rows.stride(2),
+        HAS_CAP=softcap > 0, SIZE=size, V_SIZE=v_size, SIZE_P=max(16, triton.next_power_of_2(size)),
+        V_SIZE_P=max(16, v_size_p), TILE=tile, KEYS=KEYS, PRECISE=query.dtype == torch.float32,
+        num_warps=4, num_stages=2,
+    )  # fmt: skip
+    _join[(nodes * groups, batch * key_heads)](
+        part, lse, sinks if sinks is not None else lse, out, nodes, groups, key_heads, splits,
+        HAS_SINKS=sinks is not None, V_SIZE=v_size, V_SIZE_P=max(16, v_size_p),
+        SPLITS_P=triton.next_power_of_2(splits), num_warps=1,
+    )  # fmt: skip
+    return out
