@@ -87,7 +87,9 @@ def test_option_in_a_padded_batch(name: str, tiny: Tiny) -> None:
     model = tiny()
     ids, mask = batch_of((8, 3, 5))
     plain = model.generate(ids, attention_mask=mask, **options).tolist()
-    sources = {tuple(row[start : start + 3]): right_and_wrong(row[start:]) for row, start in zip(plain, (0, 5, 3))}
+    sources = {
+        tuple(row[start : start + 3]): right_and_wrong(row[start:]) for row, start in zip(plain, (0, 5, 3), strict=True)
+    }
     decoding = ld.LookaheadDecoding(SMALL, propose=lambda text: sources[tuple(text[:3])](text))
     assert ld.generate(model, ids, attention_mask=mask, lookahead=decoding, **options).tolist() == plain
 

@@ -9,7 +9,7 @@ Sequences are stored without their left padding: slot and position are the same 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,16 +17,39 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 class Slots:
-    """Where this step's rows go: shared by all layers.
+    """Where this step's rows go, and the buffers they go to: shared by all layers.
 
     Attributes:
         lengths: committed tokens of each sequence.
         capacity: slots per sequence.
+        index: in a step of fixed shape, the slot of every row, (batch, rows); otherwise None.
+        stacks: buffers of layers of one shape, (layers, batch, key heads, capacity, size).
     """
 
-    def __init__(self, batch: int, capacity: int) -> None:
+    def __init__(self, layers: int, batch: int, capacity: int) -> None:
         self.lengths = [0] * batch
         self.capacity = capacity
+        self.index: torch.Tensor | None = None
+        self.stacks: list[torch.Tensor] = []
+        self._layers = layers
+        self._free: dict[str, Iterator[torch.Tensor]] = {}
+
+    def take(self, kind: str, like: torch.Tensor) -> torch.Tensor:
+        """A layer's buffer of a kind ("keys" or "values") for rows like these.
+
+        Layers of one shape lie in one stack, so that one copy serves them all; the first layer says which shape that is,
+        and a layer of another gets a buffer of its own.
+        """
+        batch, heads, _, size = like.shape
+        shape = (batch, heads, self.capacity, size)
+        if kind not in self._free:
+            self.stacks.append(like.new_zeros(self._layers, *shape))
+            self._free[kind] = iter(self.stacks[-1])
+        own = next(self._free[kind], None)
+        if own is None or own.shape != shape or own.dtype != like.dtype or own.device != like.device:
+            self.stacks.append(like.new_zeros(1, *shape))
+            own = self.stacks[-1][0]
+        return own
 
     @property
     def longest(self) -> int:
@@ -43,12 +66,8 @@ class TreeCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is 
         self.slots = slots
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        def buffer(like: torch.Tensor) -> torch.Tensor:
-            batch, heads, _, size = like.shape
-            return like.new_zeros(batch, heads, self.slots.capacity, size)
-
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = buffer(key_states), buffer(value_states)
+        self.keys, self.values = self.slots.take("keys", key_states), self.slots.take("values", value_states)
         self.is_initialized = True
 
     def update(
@@ -57,18 +76,17 @@ class TreeCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is 
         """Write the step's rows, (batch, key heads, rows, head size), and return all slots in use."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self.slots.index is not None:
+            sequence = torch.arange(len(key_states), device=key_states.device)[:, None]
+            self.keys[sequence, :, self.slots.index] = key_states.transpose(1, 2)
+            self.values[sequence, :, self.slots.index] = value_states.transpose(1, 2)
+            return self.keys, self.values
         rows = key_states.shape[2]
         for b, length in enumerate(self.slots.lengths):
             self.keys[b, :, length : length + rows] = key_states[b]
             self.values[b, :, length : length + rows] = value_states[b]
         end = self.slots.longest + rows
         return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def keep(self, sequence: int, nodes: torch.Tensor) -> None:
-        """Move the rows of `nodes` to the front of this step's rows."""
-        length, count = self.slots.lengths[sequence], len(nodes)
-        for buffer in (self.keys, self.values):
-            buffer[sequence, :, length : length + count] = buffer[sequence][:, length + nodes.to(buffer.device)]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.slots.longest + query_length, 0
@@ -90,7 +108,7 @@ class TreeCache(Cache):  # type: ignore[misc]
     """
 
     def __init__(self, layers: int, batch: int, capacity: int) -> None:
-        self.slots = Slots(batch, capacity)
+        self.slots = Slots(layers, batch, capacity)
         super().__init__(layers=[TreeCacheLayer(self.slots) for _ in range(layers)])
 
     @property
@@ -104,11 +122,12 @@ class TreeCache(Cache):  # type: ignore[misc]
         An empty path keeps nothing, for a sequence that has ended.
         """
         for sequence, path in enumerate(paths):
+            length = self.lengths[sequence]
             if list(path) != list(range(len(path))):
-                nodes = torch.tensor(path)
-                for layer in self.layers:
-                    layer.keep(sequence, nodes)
-        for sequence, path in enumerate(paths):
+                nodes = torch.tensor(path) + length
+                for stack in self.slots.stacks:
+                    kept = stack[:, sequence].index_select(2, nodes.to(stack.device, non_blocking=True))
+                    stack[:, sequence, :, length : length + len(path)] = kept
             self.slots.lengths[sequence] += len(path)
 
     def load(self, past: Cache, rows: Sequence[Sequence[int]]) -> None:

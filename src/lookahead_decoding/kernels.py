@@ -135,6 +135,7 @@ def splits_for(device: torch.device, capacity: int, programs: int) -> int:
     return max(1, min(2 * processors // max(1, programs), triton.cdiv(capacity, 2 * KEYS), 64))
 
 
+@torch.library.custom_op("lookahead_decoding::tree_attention", mutates_args=())
 def tree_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -180,3 +181,8 @@ def tree_attention(
         SPLITS_P=triton.next_power_of_2(splits), num_warps=1,
     )  # fmt: skip
     return out
+
+
+@tree_attention.register_fake
+def _(query, key, value, rows, scale, softcap=0.0, sinks=None):
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
