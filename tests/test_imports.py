@@ -9,7 +9,7 @@ import lookahead_decoding
 
 LAYERS = [
     {"config", "tree", "window", "pool", "lookahead", "stats"},
-    {"attention", "kernels", "cache", "choose"},
+    {"attention", "kernels", "graphs", "cache", "choose"},
     {"target"},
     {"decode", "hf", "text", "exactness"},
     {"cli"},

@@ -143,7 +143,8 @@ def attend(
     if not mask.is_floating_point():
         from .kernels import tree_attention  # Triton is there where there is a GPU
 
-        return tree_attention(query, key, value, mask, scale, softcap, sinks)
+        out: torch.Tensor = tree_attention(query, key, value, mask, scale, softcap, sinks)
+        return out
     if softcap or sinks is not None:
         return reference(query, key, value, mask[:, :, : query.shape[2]], scale, softcap, sinks)
     return folded(query, key, value, mask, scale)

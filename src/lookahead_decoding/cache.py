@@ -37,8 +37,8 @@ class Slots:
     def take(self, kind: str, like: torch.Tensor) -> torch.Tensor:
         """A layer's buffer of a kind ("keys" or "values") for rows like these.
 
-        Layers of one shape lie in one stack, so that one copy serves them all; the first layer says which shape that is,
-        and a layer of another gets a buffer of its own.
+        Layers of one shape lie in one stack, so that one copy serves them all; the first layer says which shape that
+        is, and a layer of another gets a buffer of its own.
         """
         batch, heads, _, size = like.shape
         shape = (batch, heads, self.capacity, size)

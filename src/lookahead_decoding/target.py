@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import inspect
 import re
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,9 +18,10 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from .attention import attend, dense_mask, encode_rows
+from .attention import LENGTH, attend, dense_mask, encode_rows
 from .cache import TreeCache
 from .choose import StepLogits
+from .graphs import StepGraphs, padded
 from .tree import TokenTree, build_tree
 
 SINGLE = TokenTree((0,), (-1,))
@@ -28,9 +33,21 @@ OURS = "lookahead_tree"
 STRANGE_WINDOW = re.compile(r"^(?!(use)?_?sliding_window|max_window_layers|chunk_size_feed_forward).*(window|chunk)")
 """Settings that say a layer does not see every position, other than those we read (docs/decisions/0001)."""
 
-_probed: WeakKeyDictionary[PreTrainedModel, dict[object, tuple[str, str]]] = WeakKeyDictionary()
-"""What the probe found, per model and way of attention: it costs a few forwards, so each model pays once. It hangs on
-the model's life and on nothing else, which is why it is the one piece of global state."""
+COMPILE = ("auto", "off", "graphs", "full")
+ROUND = 256
+"""Slots that a captured cache is rounded up to, so that requests of similar length share it."""
+
+
+class _Known:
+    """What was found out about a model: it costs forwards or compilation, so each model pays once."""
+
+    def __init__(self) -> None:
+        self.probed: dict[object, tuple[str, str]] = {}
+        self.free: list[_Room] = []
+
+
+_known: WeakKeyDictionary[PreTrainedModel, _Known] = WeakKeyDictionary()
+"""Hangs on the model's life and on nothing else, which is why it is the one piece of global state."""
 
 
 def _attend(
@@ -64,20 +81,35 @@ class Target:
         model: what `AutoModelForCausalLM.from_pretrained` gives.
         capacity: slots per sequence: the longest length one can reach, plus the rows of the largest tree.
         batch: sequences.
+        compile: how a step runs. "off": as the model is. "graphs": padded to fixed shapes and, on a GPU, captured once
+            per size. "full": compiled with torch.compile as well. "auto": "full" on a GPU, "off" elsewhere.
 
     Raises:
         ValueError: the model cannot take a token tree; the message says why.
     """
 
-    def __init__(self, model: PreTrainedModel, capacity: int, batch: int = 1) -> None:
-        self._start(model, capacity, batch, probe(model))
+    def __init__(self, model: PreTrainedModel, capacity: int, batch: int = 1, compile: str = "auto") -> None:
+        if compile not in COMPILE:
+            raise ValueError(f"compile must be one of {', '.join(COMPILE)}, got {compile!r}")
+        attention = probe(model)
+        if compile == "auto":
+            compile = "full" if model.device.type == "cuda" else "off"
+        fixed = compile != "off" and attention == OURS and kernel_found() and "logits_to_keep" in parameters_of(model)
+        self._start(model, capacity, batch, attention, compile if fixed else "off")
 
-    def _start(self, model: PreTrainedModel, capacity: int, batch: int, attention: str) -> None:
+    def _start(self, model: PreTrainedModel, capacity: int, batch: int, attention: str, compile: str) -> None:
         self.model = model
         self.config = model.config.get_text_config(decoder=True)
         self.attention = attention
-        self.cache = TreeCache(len(DynamicCache(config=self.config).layers), batch, capacity)
-        self._keep_index = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._room: _Room | None = None
+        if compile == "off":
+            self.cache = TreeCache(len(DynamicCache(config=self.config).layers), batch, capacity)
+        else:  # what was captured for an earlier request serves this one as well
+            self._room = _room(model, self.config, capacity + ROUND, batch, compile)
+            self.cache = self._room.cache
+            self.cache.slots.lengths[:] = [0] * batch
+            weakref.finalize(self, _known[model].free.append, self._room)
+        self._keep_index = "logits_to_keep" in parameters_of(model)
         self._kinds = mask_kinds(self.config)
         self._dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         heads = self.config.num_attention_heads
@@ -119,20 +151,31 @@ class Target:
     def forward(self, trees: Sequence[TokenTree | None]) -> StepLogits:
         """Evaluate one tree per sequence behind its committed tokens; None where the sequence has ended."""
         keep = sorted({node for tree in trees if tree is not None for node in tree.scored})
-        logits = self._forward(trees, max(len(t) for t in trees if t is not None), keep)
-        return StepLogits(logits, tuple(keep))
+        nodes = max(len(t) for t in trees if t is not None)
+        if self._room is None:
+            return StepLogits(self._forward(trees, nodes, keep), tuple(keep))
+        ids, positions = self._inputs(trees, padded(nodes))
+        rows = [encode_rows(trees, self.lengths, padded(nodes), window) for window in self._kinds.values()]
+        with self._our_attention(), torch.no_grad():
+            logits, best = self._room.graphs.run(self.model, ids, positions, rows, keep)
+        return StepLogits(logits, tuple(keep), best)
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """Keep the keys and values of each path, root first, and drop the rest of the last forward."""
         self.cache.commit(paths)
 
-    def _forward(self, trees: Sequence[TokenTree | None], nodes: int, keep: list[int]) -> torch.Tensor:
+    def _inputs(self, trees: Sequence[TokenTree | None], nodes: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token and position ids, (batch, nodes)."""
         ids = np.zeros((len(trees), nodes), dtype=np.int64)
         positions = np.array(self.lengths)[:, None].repeat(nodes, 1)
         for b, tree in enumerate(trees):
             if tree is not None:
                 ids[b, : len(tree)] = tree.tokens
                 positions[b, : len(tree)] += tree.depths
+        return ids, positions
+
+    def _forward(self, trees: Sequence[TokenTree | None], nodes: int, keep: list[int]) -> torch.Tensor:
+        ids, positions = self._inputs(trees, nodes)
         masks = {kind: self._mask(trees, nodes, window) for kind, window in self._kinds.items()}
         mask = masks if len(masks) > 1 else next(iter(masks.values()))
         with self._our_attention():
@@ -140,7 +183,7 @@ class Target:
 
     def _mask(self, trees: Sequence[TokenTree | None], nodes: int, sliding_window: int | None) -> torch.Tensor:
         rows = encode_rows(trees, self.lengths, nodes, sliding_window)
-        if self.attention == OURS and self.model.device.type == "cuda":
+        if self.attention == OURS and self.model.device.type == "cuda" and kernel_found():
             return torch.from_numpy(rows).to(self.model.device)
         return dense_mask(rows, self._dtype, self._groups).to(self.model.device)
 
@@ -168,6 +211,59 @@ class Target:
                 **options,
             ).logits
         return logits if self._keep_index else logits[:, keep]
+
+
+@dataclass
+class _Room:
+    """A cache whose steps are captured: it outlives the request it was made for."""
+
+    cache: TreeCache
+    graphs: StepGraphs
+    capacity: int
+    batch: int
+    compile: str
+
+
+def _room(model: PreTrainedModel, config: Any, capacity: int, batch: int, compile: str) -> _Room:
+    """A free room that is large enough, or a new one."""
+    free = _known[model].free
+    for room in free:
+        if room.capacity >= capacity and room.batch == batch and room.compile == compile:
+            free.remove(room)
+            return room
+    capacity = -(-capacity // ROUND) * ROUND
+    cache = TreeCache(len(DynamicCache(config=config).layers), batch, capacity)
+    kinds = list(mask_kinds(config))
+
+    def forward(
+        model: Any, ids: torch.Tensor, positions: torch.Tensor, rows: list[torch.Tensor], keep: torch.Tensor
+    ) -> torch.Tensor:
+        cache.slots.index = rows[0][:, 0, :, LENGTH].long() + torch.arange(ids.shape[1], device=ids.device)
+        mask: Any = rows[0] if len(kinds) == 1 else dict(zip(kinds, rows, strict=True))
+        logits: torch.Tensor = model(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+            logits_to_keep=keep,
+        ).logits
+        cache.slots.index = None
+        return logits
+
+    return _Room(cache, StepGraphs(forward, model.device, compile == "full"), capacity, batch, compile)
+
+
+@functools.cache
+def kernel_found() -> bool:
+    """Whether Triton, which our kernel is written in, can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def parameters_of(model: PreTrainedModel) -> Collection[str]:
+    """Names that the model's forward takes."""
+    return inspect.signature(model.forward).parameters.keys()
 
 
 def mask_kinds(config: Any) -> dict[str, int | None]:
@@ -220,7 +316,7 @@ def probe(model: PreTrainedModel) -> str:
     own = config._attn_implementation
     reason = _unsuitable(model, config)
     if not reason:
-        known = _probed.setdefault(model, {})
+        known = _known.setdefault(model, _Known()).probed
         key = (own, model.dtype, model.device)
         if key not in known:
             found = ("", "")
@@ -268,7 +364,7 @@ def _try(model: PreTrainedModel, attention: str) -> str:
 
     def started() -> Target:
         target = Target.__new__(Target)
-        target._start(model, 64, 1, attention)
+        target._start(model, 64, 1, attention, "off")
         target.prefill([[*prompt]])
         target.commit([[0]])
         return target
