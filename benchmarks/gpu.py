@@ -9,6 +9,7 @@ time is the large model's and acceptance is pocket's.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -27,6 +28,7 @@ import lookahead_decoding as ld
 from benchmarks.enlarge import enlarged_pocket
 from benchmarks.step_compression import distinct_share
 from lookahead_decoding import TokenTree, build_tree
+from lookahead_decoding.graphs import padded
 
 
 def milliseconds(run: Callable[[], Any], repeats: int = 30) -> float:
@@ -35,13 +37,13 @@ def milliseconds(run: Callable[[], Any], repeats: int = 30) -> float:
         run()
     times = []
     for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         run()
         end.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end))
-    return median(times)
+    return float(median(times))
 
 
 def bandwidth() -> float:
@@ -60,6 +62,10 @@ def tree_of(nodes: int) -> TokenTree:
     return build_tree(5, window, drafts, max_rows=nodes)
 
 
+def _step(target: ld.Target, tree: TokenTree) -> None:
+    target.forward([tree]).argmax()
+
+
 def step_times(model: Any, context: int, sizes: list[int], mode: str) -> list[dict[str, Any]]:
     """Time of a step by rows: all of it, and the captured part alone."""
     rows = []
@@ -72,14 +78,10 @@ def step_times(model: Any, context: int, sizes: list[int], mode: str) -> list[di
         target.forward([tree])
         torch.cuda.synchronize()
         first = time.perf_counter() - start
-        whole = milliseconds(lambda t=target, x=tree: t.forward([x]).argmax())
+        whole = milliseconds(functools.partial(_step, target, tree))
         room = target._room
         assert room is not None
-        step = max(room.graphs._steps.items(), key=lambda item: item[0][1] == len(tree))[1]
-        for (_, size), one in room.graphs._steps.items():
-            if size >= nodes:
-                step = one
-                break
+        step = room.graphs._steps[1, padded(nodes)]
         captured = milliseconds(step.graph.replay) if step.graph else None
         rows.append({"rows": nodes, "ms": whole, "captured_ms": captured, "first_use_s": round(first, 1)})
         print(mode, rows[-1], flush=True)

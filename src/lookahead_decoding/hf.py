@@ -113,6 +113,7 @@ class LookaheadDecoding:
         seeds: one per sequence, for sampling; each sequence then draws from a generator of its own. With
             several sequences and no seeds they are drawn from torch's generator; with one, torch's is used itself.
         propose: a further source of candidates: the text so far (token ids, prompt included) to draft tokens.
+        compile: how a step runs, "auto", "off", "graphs" or "full" (see `Target`).
 
     Attributes:
         stats: counts of the last call.
@@ -128,6 +129,7 @@ class LookaheadDecoding:
         stop_strings: str | Sequence[str] | None = None,
         seeds: Sequence[int] | None = None,
         propose: Propose | None = None,
+        compile: str = "auto",
     ) -> None:
         if config is not None and not isinstance(config, LookaheadConfig):
             raise TypeError(f"config must be a LookaheadConfig, got {type(config).__name__}")
@@ -139,6 +141,7 @@ class LookaheadDecoding:
         self.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
         self.seeds = list(seeds) if seeds is not None else None
         self.propose = propose
+        self.compile = compile
         self.stats = Stats()
         self.finish_reasons: list[str] = []
 
@@ -204,7 +207,7 @@ class LookaheadDecoding:
         longest = before + max(r.limit - r.cached for r in requests)
         check_length(model, longest)
         rows_of_tree = max_rows(self.config, own_source=self.propose is not None)
-        target = Target(model, capacity=longest + rows_of_tree, batch=len(requests))
+        target = Target(model, capacity=longest + rows_of_tree, batch=len(requests), compile=self.compile)
         if before:
             target.cache.load(past, [range(row.start, before) for row in rows])
         self.stats = Stats()
@@ -292,6 +295,7 @@ def generate(
         tokenizer=tokenizer if tokenizer is not None else base.tokenizer,
         seeds=seeds if seeds is not None else base.seeds,
         propose=base.propose,
+        compile=base.compile,
     )
     decoding.stop_strings = base.stop_strings
     try:
