@@ -1,6 +1,6 @@
 """The GPU rows of the benchmarks: what a step costs, how far that is from the limit, and tokens per second.
 
-    python benchmarks/gpu.py --prompts HumanEval.jsonl --size 7B --out FOLDER
+    python benchmarks/gpu.py --data FOLDER --size 7B --out FOLDER
 
 Writes one JSON file per part as soon as it is measured. Weights are `pocket`'s, enlarged without changing its function:
 time is the large model's and acceptance is pocket's.
@@ -26,8 +26,8 @@ from transformers import AutoTokenizer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import lookahead_decoding as ld
 from benchmarks.enlarge import enlarged_pocket
-from benchmarks.step_compression import distinct_share
 from lookahead_decoding import TokenTree, build_tree
+from lookahead_decoding.bench.result import distinct_share
 from lookahead_decoding.graphs import padded
 
 
@@ -155,7 +155,7 @@ def generation(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="the folder with data sets and models")
     parser.add_argument("--size", default="7B")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--rows", default="1,32,64,120")
@@ -207,7 +207,8 @@ def main() -> None:
         print(limits, flush=True)
     if "generation" in args.parts:
         tokenizer = AutoTokenizer.from_pretrained(ld.pocket_path())
-        prompts = [json.loads(line)["prompt"] for line in args.prompts.read_text().splitlines()[: args.limit]]
+        humaneval = args.data / "data" / "humaneval" / "HumanEval.jsonl"
+        prompts = [json.loads(line)["prompt"] for line in humaneval.read_text().splitlines()[: args.limit]]
         w, n, g = map(int, args.config.split(","))
         result = generation(model, tokenizer, prompts, args.length, ld.LookaheadConfig(w, n, g))
         write(f"generation-{args.size}", {"config": args.config, "length": args.length} | result)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The kernel's tests and the GPU rows of the benchmarks: benchmarks/gpu.sh PROMPTS.jsonl FOLDER [SIZE]
+# The kernel's tests and the GPU rows of the benchmarks: benchmarks/gpu.sh DATA OUT [SIZE]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=src:tests
 python3 -m pytest -q tests/test_attention.py -k "kernel" -p no:cacheprovider
-python3 benchmarks/gpu.py --prompts "$1" --out "$2" --size "${3:-7B}"
+python3 benchmarks/gpu.py --data "$1" --out "$2" --size "${3:-7B}"

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -22,12 +21,9 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lookahead_decoding as ld
+from lookahead_decoding.bench.result import distinct_share
 
-
-def distinct_share(ids: Sequence[int], n: int = 8) -> float:
-    """Share of distinct n-grams among all n-grams of a text; 1.0 for one too short to have any."""
-    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 1.0
+SHORT = 50  # tokens below which a text is too short to say whether it loops
 
 
 def main() -> None:
@@ -85,7 +81,7 @@ def main() -> None:
             "rows_per_step": round(mean(r["rows_per_step"] for r in some), 1),
         }
 
-    varied = [r for r in rows if r["distinct_8_grams"] > 0.5]
+    varied = [r for r in rows if r["distinct_8_grams"] > 0.5 and r["tokens"] >= SHORT]
     result = {
         "what": "step compression, greedy, prefill counted",
         "settings": {k: str(v) for k, v in vars(args).items() if k not in ("data", "out")},
@@ -98,11 +94,13 @@ def main() -> None:
         "all": summary(rows),
         "not_looping": summary(varied),
         "looping": summary([r for r in rows if r["distinct_8_grams"] <= 0.5]),
+        "short": summary([r for r in rows if r["tokens"] < SHORT]),
+        "device": f"{torch.get_num_threads()} CPU threads",
         "rows": rows,
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
-    for name in ("all", "not_looping", "looping"):
+    for name in ("all", "not_looping", "looping", "short"):
         print(name, result[name])
 
 

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,19 @@ def test_demo_shows_both_and_that_they_are_identical(capsys, monkeypatch) -> Non
     assert "mean acceptance length" in out
 
 
+def test_demo_exits_with_1_where_the_texts_differ(capsys, monkeypatch) -> None:
+    right = cli.answer
+
+    def wrong(model, tokenizer, prompts, decoding, *rest):  # type: ignore[no-untyped-def]
+        answers = right(model, tokenizer, prompts, decoding, *rest)
+        return [replace(a, output_ids=[*a.output_ids[:-1], 7]) if decoding.config.sources else a for a in answers]
+
+    monkeypatch.setattr(cli, "answer", wrong)
+    code, out, _ = run(capsys, monkeypatch, "demo", "--max-new-tokens", "6")
+    assert code == 1
+    assert out.rstrip().endswith("identical: no")
+
+
 def test_chat_answers_until_the_input_ends(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lookahead_decoding", "chat", "pocket", "--max-new-tokens", "12"]
     done = subprocess.run(command, input="import os\nimport re\n\n", capture_output=True, text=True)
@@ -131,6 +145,11 @@ def test_chat_answers_until_the_input_ends(tmp_path: Path) -> None:
         (["generate", "pocket", "-p", "a", "--temperature", "-1"], "-1"),
         (["generate", "pocket", "-p", "a", "--prompts", "/no/file.jsonl"], "does not exist"),
         (["verify", "pocket"], "Missing option"),
+        (["generate", "pocket", "-p", "a", "--top-k", "5"], "give a --temperature as well"),
+        (["generate", "pocket", "-p", "a", "--stop", ""], "--stop needs a text"),
+        (["generate", "pocket", "-p", "a", "--device", "nowhere"], "cannot use device 'nowhere'"),
+        (["bench", "pocket"], "Missing option"),
+        (["bench", "step", "pocket", "--rows", "x"], "take numbers"),
         (["nonsense"], "No such command"),
     ],
 )
@@ -157,6 +176,10 @@ def test_a_bad_line_is_named(line: str, message: str, tmp_path: Path, capsys, mo
     code, out, err = run(capsys, monkeypatch, "generate", "pocket", "--prompts", str(path), "--json")
     assert (code, out) == (2, "")
     assert message in err
+    path.write_bytes(b"\xff\xfe")
+    code, _, err = run(capsys, monkeypatch, "generate", "pocket", "--prompts", str(path))
+    assert code == 2
+    assert "not UTF-8" in err
 
 
 def test_a_broken_model_folder_is_one_line(tmp_path: Path, capsys, monkeypatch) -> None:

@@ -318,6 +318,41 @@ def test_a_callers_cache_is_continued_and_left_as_generate_leaves_it(name: str, 
     assert more[0] == more[1]
 
 
+def test_an_empty_cache_without_a_configuration_is_filled(tiny: Tiny) -> None:
+    cache = DynamicCache()
+    options = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None}
+    ours = ld.generate(tiny(), prompt_of(5), past_key_values=cache, **options)
+    assert cache.get_seq_length() == 13
+    more = tiny().generate(ours, past_key_values=cache, **options)
+    assert more.tolist() == tiny().generate(prompt_of(5), **{**options, "max_new_tokens": 18}).tolist()
+
+
+def test_a_criterion_may_answer_with_a_bool(tiny: Tiny) -> None:
+    criteria = StoppingCriteriaList([lambda ids, scores, **k: ids.shape[1] > 10])
+    options = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
+    assert ld.generate(tiny(), prompt_of(5), stopping_criteria=criteria, **options).shape == (1, 11)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seeds": ["a"]}, "seeds must be integers"),
+        ({"seeds": 1}, "seeds must be integers"),
+        ({"generation_config": {"max_new_tokens": 3}}, "must be a GenerationConfig, got dict"),
+    ],
+)
+def test_wrong_types_are_named(options: dict[str, object], message: str, tiny: Tiny) -> None:
+    with pytest.raises(TypeError, match=message):
+        ld.generate(tiny(), prompt_of(5), **options)
+    with pytest.raises(TypeError, match="model must be a transformers model, got str"):
+        ld.generate("gpt2", prompt_of(5))
+
+
+def test_a_config_as_custom_generate_is_not_ignored(tiny: Tiny) -> None:
+    with pytest.raises(TypeError, match="custom_generate takes a LookaheadDecoding"):
+        tiny().generate(prompt_of(5), max_new_tokens=3, custom_generate=SMALL)
+
+
 def test_a_padded_batch_continues_from_a_cache(tiny: Tiny) -> None:
     model = tiny()
     ids, mask = batch_of((9, 4))

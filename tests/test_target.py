@@ -97,7 +97,7 @@ def made(name: str, **settings: object) -> torch.nn.Module:
                 "num_heads": 4,
                 "attention_types": [[["global", "local"], 1]],
             },
-            "window_size, an attention window",
+            "window_size, which says",
         ),
     ],
 )

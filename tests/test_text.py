@@ -73,6 +73,9 @@ def test_bad_input_is_refused_before_the_first_step(pocket: Pocket) -> None:
         ld.stream(model, tokenizer, "", max_new_tokens=5)
     with pytest.raises(ValueError, match="num_beams=2"):
         ld.stream(model, tokenizer, "a", max_new_tokens=5, num_beams=2)
+    for prompt in (["a", "b"], torch.ones(2, 3, dtype=torch.long)):
+        with pytest.raises(TypeError, match="prompt must be one text"):
+            ld.stream(model, tokenizer, prompt, max_new_tokens=5)
     for options in ({"streamer": object()}, {"return_dict_in_generate": True}, {"num_return_sequences": 2}):
         with pytest.raises(ValueError, match=next(iter(options))):
             ld.stream(model, tokenizer, "a", max_new_tokens=5, **options)

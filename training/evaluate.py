@@ -12,12 +12,14 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from lookahead_decoding.bench.result import distinct_share
+
 CONTEXT = 1024
 ANSWER_TOKENS = 150
+SHORT = 50  # tokens below which an answer is too short to say whether it loops
 
 
 def bits_per_byte(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, modules: list[dict[str, str]]) -> float:
@@ -36,17 +38,11 @@ def bits_per_byte(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, mo
     return nats / math.log(2) / size
 
 
-def distinct_share(ids: list[int], n: int = 8) -> float:
-    """Share of distinct n-grams among all n-grams of a text; 1.0 for one too short to have any."""
-    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 1.0
-
-
 CARD = """# pocket
 
 A language model of {parameters:.1f} M parameters that writes Python, made to try and to test lookahead decoding without
 downloading anything. It is of the Llama type: {layers} layers of width {width}, {heads} query and {kv_heads} key heads, a byte-level BPE
-tokenizer of {vocab:,} pieces, context {context:,} (trained at {short_context:,}, then {context:,}). Weights are in bfloat16, {megabytes:.1f} MB.
+tokenizer of {vocab:,} pieces, context {context:,}, trained at that length at the end. Weights are in bfloat16, {megabytes:.1f} MB.
 
 **Not for** writing code that anybody relies on. It knows what Python looks like, not what a task asks for, and its text
 is much simpler than a large model's: it repeats itself more, so it accepts more drafts. A speedup measured with it
@@ -58,14 +54,15 @@ says what the decoder does, not what it will give on a large model.
 |---|---|
 | bits per byte on {held_out_modules} modules kept out of training (non-overlapping windows of the context) | {bits_per_byte:.3f} |
 | greedy answers of up to {answer} tokens to the {prompts} HumanEval prompts in which more than half of the 8-grams are distinct | {answers_above_half} |
-| of these answers, ended by the model | {answers_that_end} |
+| answers that the model ended itself | {answers_that_end} |
+| answers of fewer than {short} tokens, counted as looping above and left out below | {answers_too_short} |
 | mean share of distinct 8-grams | {mean_share:.2f} |
 
 ## Training
 
-{steps:,} steps of {batch} windows of {context:,} tokens, {tokens:,.0f} M tokens in all ({epochs:.0f} passes over the text), in {minutes}
-minutes on one {device} with torch {torch} and the scripts in `training/`. Learning rate {lr}; {functions_share:.0%} of the windows are documented functions on their
-own. Held-out modules are chosen by a hash of their names, one in a hundred of each package.
+{story}
+
+Trained with the scripts in `training/`. Some of the windows are documented functions on their own. Held-out modules are chosen by a hash of their names, one in a hundred of each package.
 
 ## Text
 
@@ -81,20 +78,23 @@ packages, tables and generated code. The weights are under Apache-2.0; no text i
 def card(folder: Path, data: Path, parameters: int) -> str:
     """The model card, from what was measured and recorded."""
     values: dict[str, object] = {}
-    for name in ("evaluation.json", "training.json"):
-        values |= json.loads((folder / name).read_text())
+    values |= json.loads((folder / "evaluation.json").read_text())
     config = json.loads((folder / "config.json").read_text())
     sources = json.loads((data / "sources.json").read_text())
     rows = [
         f"| {s['package']} | {s['version']} | {s['licence']} | {s['modules']} | {s['bytes'] / 1e6:.1f} |"
         for s in sources
     ]
-    text_tokens = sum(len(np.load(data / f"{n}.npy", mmap_mode="r")) for n in ("modules", "functions"))
-    tokens = float(str(values.pop("tokens")))
+    parts = [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
+    story = "\n".join(
+        f"{i}. {p['steps']:,} steps of {p['batch']} windows of {CONTEXT:,} tokens (or as many at {p['short_context']:,}), "
+        f"{p['tokens'] / 1e6:,.1f} M tokens, in {p['minutes']} minutes on {p['device']}, torch {p['torch']}, learning rate "
+        f"{p['lr']}, {p['functions_share']:.0%} functions. {p.get('note', '')}"
+        for i, p in enumerate(parts, 1)
+    )
     return CARD.format(
         **values,
-        tokens=tokens / 1e6,
-        epochs=tokens / text_tokens,
+        story=story,
         parameters=parameters / 1e6,
         layers=config["num_hidden_layers"],
         width=config["hidden_size"],
@@ -103,6 +103,7 @@ def card(folder: Path, data: Path, parameters: int) -> str:
         vocab=config["vocab_size"],
         context=CONTEXT,
         answer=ANSWER_TOKENS,
+        short=SHORT,
         megabytes=(folder / "model.safetensors").stat().st_size / 1e6,
         megabytes_text=sum(s["bytes"] for s in sources) / 1e6,
         sources="\n".join(rows),
@@ -124,17 +125,21 @@ def main() -> None:
         "bits_per_byte": bits_per_byte(model, tokenizer, modules),
     }
     print(result, flush=True)
-    shares, ended = [], 0
+    shares, ended, short = [], 0, 0
     for line in args.humaneval.read_text().splitlines():
         ids = tokenizer(json.loads(line)["prompt"], return_tensors="pt").input_ids
         answer = model.generate(ids, max_new_tokens=ANSWER_TOKENS, do_sample=False)[0, ids.shape[1] :].tolist()
         ended += tokenizer.eos_token_id in answer
-        shares.append(distinct_share(answer))
+        if len(answer) < SHORT:
+            short += 1
+        shares.append(distinct_share(answer) if len(answer) >= SHORT else 0.0)
+    judged = [s for s in shares if s]
     result |= {
         "prompts": len(shares),
         "answers_above_half": sum(s > 0.5 for s in shares),
         "answers_that_end": ended,
-        "mean_share": sum(shares) / len(shares),
+        "answers_too_short": short,
+        "mean_share": sum(judged) / len(judged),
     }
     print(result)
     (args.model / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -8,7 +8,8 @@ minutes already spent count.
     python training/train.py --data build/pocket --out build/pocket/model --minutes 9.5 --batch 64      # a GPU
     python training/train.py --data build/pocket --out build/pocket/model --minutes 150 --batch 8 --short-context 256
 
-Writes `checkpoint.pt` while it runs, and a loadable bfloat16 model with its tokenizer and `training.json` at the end.
+Writes `checkpoint.pt` while it runs, and a loadable bfloat16 model with its tokenizer and `training.jsonl` at the end.
+`--start-from` goes on from a trained model with a fresh schedule, and adds a line to what is recorded of it.
 """
 
 from __future__ import annotations
@@ -67,7 +68,9 @@ class Batches:
         return torch.cat([self.windows(modules, count - single, length), self.windows(functions, single, length)])
 
 
-def optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+def optimizers(model: nn.Module, lr: float, muon: bool) -> list[torch.optim.Optimizer]:
+    if not muon:
+        return [torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)]
     hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     other = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     return [
@@ -88,10 +91,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="windows of 1,024 tokens per optimizer step")
     parser.add_argument("--short-context", type=int, default=CONTEXT)
     parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
     parser.add_argument("--functions-share", type=float, default=0.25)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--checkpoint-minutes", type=float, default=5)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--start-from", type=Path, help="a trained model to go on from, with a fresh schedule")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     checkpoint = args.out / "checkpoint.pt"
@@ -99,7 +104,9 @@ def main() -> None:
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(args.data / "tokenizer")
     model = LlamaForCausalLM(pocket_config(tokenizer.eos_token_id)).to(args.device)
-    steppers = optimizers(model, args.lr)
+    if args.start_from:
+        model.load_state_dict(LlamaForCausalLM.from_pretrained(args.start_from, dtype=torch.float32).state_dict())
+    steppers = optimizers(model, args.lr, args.optimizer == "muon")
     step, tokens, spent = 0, 0, 0.0
     if args.resume:
         state = torch.load(checkpoint, map_location=args.device, weights_only=True)
@@ -111,7 +118,7 @@ def main() -> None:
 
     @torch.compile(disable=args.device == "cpu")
     def loss_of(ids: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(args.device, torch.bfloat16):
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.device != "cpu"):  # slower than float32 there
             logits = model(input_ids=ids[:, :-1], use_cache=False).logits
         return nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
 
@@ -163,9 +170,12 @@ def main() -> None:
         "short_context": args.short_context,
         "lr": args.lr,
         "functions_share": args.functions_share,
+        "optimizer": args.optimizer,
         "torch": torch.__version__,
     }
-    (args.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    told = args.start_from / "training.jsonl" if args.start_from else None
+    before = told.read_text() if told is not None and told.exists() else ""
+    (args.out / "training.jsonl").write_text(before + json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 
 class Slots:
@@ -158,6 +158,8 @@ class TreeCache(Cache):  # type: ignore[misc]
             starts: left padding of each sequence, whose slots of `past` hold zeros. A single sequence without padding
                 is handed over without a copy.
         """
+        if len(past.layers) < len(self.layers):  # a cache without a configuration makes its layers as they come
+            past.layers += [DynamicLayer() for _ in range(len(self.layers) - len(past.layers))]
         length = max(start + own for start, own in zip(starts, self.lengths, strict=True))
         for layer, other in zip(self.layers, past.layers, strict=True):
             first = max(0, length - other.sliding_window + 1) if getattr(other, "is_sliding", False) else 0

@@ -108,7 +108,7 @@ class Sampler:
             self.finish_reason = "length"
         scores = self.scores if self._keep_scores else None
         for criterion in self._criteria:  # all of them, as plain decoding does: one may count its calls
-            if bool(criterion(self.text, scores).any()) and self.finish_reason is None:
+            if bool(torch.as_tensor(criterion(self.text, scores)).any()) and self.finish_reason is None:
                 self.finish_reason = "stop"
         return token
 

@@ -17,14 +17,15 @@ from rich.console import Console
 from rich.progress import Progress, track
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from . import __version__, pocket_path
+from . import __version__
+from .bench.command import bench
+from .cli_common import Problem, encode, first_line, load, read_prompts, room, sampling
 from .config import PLAIN, SOURCES, LookaheadConfig
 from .exactness import compare
 from .hf import LookaheadDecoding, Run, call_generate, context_of
-from .target import probe
 from .text import Detokenizer, decode_text, stream
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -34,12 +35,6 @@ DEMO_PROMPTS = (
     "import argparse\n\n\ndef main():\n    parser = argparse.ArgumentParser(",
 )
 STEP_COLOURS = ("cyan", "yellow", "magenta", "green")
-
-
-class Problem(click.ClickException):
-    """Something the user can mend: one line, exit code 2."""
-
-    exit_code = 2
 
 
 @dataclass(frozen=True)
@@ -57,67 +52,6 @@ class Answer:
     finish_reason: str
 
 
-def load(name: str, dtype: str, device: str | None, trust: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer by 'pocket', a folder, or a hub id."""
-    path = pocket_path() if name == "pocket" else name
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
-    if looks_local and not Path(path).expanduser().is_dir():
-        raise Problem(f"no model folder at {name!r}")
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust).to(where)
-    except Exception as error:  # a broken folder fails in as many ways as there are files in it
-        raise Problem(f"cannot load a model from {name!r}: {_first_line(error)}") from error
-    try:
-        probe(model.eval())
-    except ValueError as error:
-        raise Problem(str(error)) from error
-    return model, tokenizer
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-def read_prompts(path: Path, field: str, limit: int | None = None) -> list[str]:
-    """The prompts of a JSONL file."""
-    prompts: list[str] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if limit is not None and len(prompts) == limit:
-            break
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise Problem(f"{path}, line {number}: not JSON ({error.msg})") from error
-        if not isinstance(record, dict) or not isinstance(record.get(field), str):
-            raise Problem(f"{path}, line {number}: no text in field {field!r} (choose one with --field)")
-        prompts.append(record[field])
-    if not prompts:
-        raise Problem(f"{path}: no prompts in it")
-    return prompts
-
-
-def encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, which: str) -> list[int]:
-    """Token ids of a prompt that fits the model's context."""
-    ids: list[int] = tokenizer(prompt).input_ids
-    if not ids:
-        raise Problem(f"{which} is empty: give at least one token")
-    context = context_of(model)
-    if context is not None and len(ids) >= context:
-        raise Problem(f"{which} has {len(ids):,} tokens, and the model's context is {context:,}: shorten it")
-    return ids
-
-
-def room(model: PreTrainedModel, prompt: Sequence[int], max_new_tokens: int) -> int:
-    """New tokens that the context leaves room for."""
-    context = context_of(model)
-    return max_new_tokens if context is None else min(max_new_tokens, context - len(prompt))
-
-
 def batches(
     model: PreTrainedModel, prompts: Sequence[list[int]], size: int, max_new_tokens: int
 ) -> Iterator[tuple[list[list[int]], int]]:
@@ -126,14 +60,6 @@ def batches(
         same = list(group)
         for first in range(0, len(same), size):
             yield same[first : first + size], length
-
-
-def sampling(temperature: float, top_k: int | None = None, top_p: float | None = None) -> dict[str, Any]:
-    """What `generate` takes: greedy at temperature 0, whatever the model's generation config says."""
-    if temperature == 0:
-        return {"do_sample": False}
-    options: dict[str, Any] = {"do_sample": True, "temperature": temperature}
-    return options | {k: v for k, v in (("top_k", top_k), ("top_p", top_p)) if v is not None}
 
 
 def answer(
@@ -201,11 +127,17 @@ def _lookahead_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
-        click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True),
-        click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy."),
-        click.option("--top-k", type=click.IntRange(0)),
-        click.option("--top-p", type=click.FloatRange(0, 1, min_open=True)),
-        click.option("--seed", type=int, default=0, show_default=True),
+        click.option(
+            "--max-new-tokens", type=click.IntRange(1), default=128, help="At most; fewer where the context ends."
+        ),
+        click.option(
+            "--temperature", type=click.FloatRange(0, 100), default=0.0, show_default=True, help="0 is greedy."
+        ),
+        click.option("--top-k", type=click.IntRange(0), help="When sampling."),
+        click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="When sampling."),
+        click.option(
+            "--seed", type=click.IntRange(0, 2**62), default=0, show_default=True, help="Prompt n has seed + n."
+        ),
     ):
         command = option(command)
     return command
@@ -236,7 +168,7 @@ def cli() -> None:
 @click.option("--prompts", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A JSONL file.")
 @click.option("--field", default="prompt", show_default=True, help="The field of --prompts that holds the text.")
 @click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--stop", multiple=True, help="Text that ends the answer; may be repeated.")
+@click.option("--stop", multiple=True, help="Text that ends the answer, which it is part of; may be repeated.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
 @_sampling_options
 @_lookahead_options
@@ -269,13 +201,20 @@ def generate(
     if prompt is not None and prompts is not None:
         raise Problem("--prompt and --prompts exclude each other: give one of them")
     if prompt is None and prompts is None:
-        prompt = sys.stdin.read()
+        try:
+            prompt = sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise Problem("standard input is not UTF-8") from error
     texts = read_prompts(prompts, field) if prompts else [prompt or ""]
     target, tokenizer = load(model, dtype, device, trust_remote_code)
     encoded = [
         encode(target, tokenizer, text, f"prompt {i}" if prompts else "the prompt") for i, text in enumerate(texts, 1)
     ]
+    if temperature == 0 and (top_k is not None or top_p is not None):
+        raise Problem("--top-k and --top-p are for sampling: give a --temperature as well")
     options = sampling(temperature, top_k, top_p)
+    if "" in stop:
+        raise Problem("--stop needs a text, got an empty one")
     if stop:
         options["stop_strings"] = list(stop)
     watching = sys.stderr.isatty() and len(encoded) > 1
@@ -291,7 +230,7 @@ def generate(
                     target, tokenizer, batch, decoding, {**options, "max_new_tokens": length}, printer.step
                 )
             except (TypeError, ValueError) as error:
-                raise Problem(_first_line(error)) from error
+                raise Problem(first_line(error)) from error
             progress.advance(task, len(batch))
             first += len(batch)
             for text, one in zip(texts[first - len(batch) :], answers, strict=False):
@@ -370,7 +309,7 @@ def chat(
         except KeyboardInterrupt:
             print(" [stopped]", end="")
         except (TypeError, ValueError) as error:
-            raise Problem(_first_line(error)) from error
+            raise Problem(first_line(error)) from error
         print(flush=True)
         messages.append({"role": "assistant", "content": said})
         plain_text += line + said
@@ -431,7 +370,7 @@ def verify(
         try:
             found = compare(target, torch.tensor([ids], device=target.device), decoding, seed + i - 1, **options)
         except (TypeError, ValueError) as error:
-            raise Problem(_first_line(error)) from error
+            raise Problem(first_line(error)) from error
         if found is not None:
             divergences.append(found)
             verdict = "near-tie" if found.near_tie else "BUG"
@@ -512,6 +451,9 @@ class _Painter:
         self._console.print()
 
 
+cli.add_command(bench)
+
+
 def main() -> None:
     """The `lookahead` command: problems in one line on stderr, exit code 2."""
     try:
@@ -519,10 +461,13 @@ def main() -> None:
     except click.exceptions.Abort:
         sys.exit(130)
     except click.ClickException as error:
-        print(f"lookahead: {_first_line(Exception(error.format_message()))}", file=sys.stderr)
+        print(f"lookahead: {first_line(Exception(error.format_message()))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:
+        print(f"lookahead: {error.strerror or error}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

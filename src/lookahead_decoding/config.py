@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 SOURCES = ("window", "prompt", "output")
 
@@ -30,6 +32,10 @@ class LookaheadConfig:
     sources: tuple[str, ...] = SOURCES
     window_seed: int = 0
 
+    def __call__(self, *args: object, **kwargs: object) -> NoReturn:
+        """`custom_generate=` passes over what it cannot call; a config would be ignored there without a word."""
+        raise TypeError("custom_generate takes a LookaheadDecoding: pass LookaheadDecoding(config)")
+
     def __post_init__(self) -> None:
         least = {"window_size": 1, "ngram_size": 2, "verification_set_size": 0}
         for name in (*least, "window_seed"):
@@ -39,7 +45,11 @@ class LookaheadConfig:
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name} must be at least {bound}, got {getattr(self, name)}")
-        if isinstance(self.sources, str) or not all(isinstance(s, str) for s in self.sources):
+        if (
+            isinstance(self.sources, str)
+            or not isinstance(self.sources, Sequence)
+            or not all(isinstance(s, str) for s in self.sources)
+        ):
             raise TypeError(f"sources must be a sequence of names, such as ('window',), got {self.sources!r}")
         object.__setattr__(self, "sources", tuple(self.sources))
         for name in self.sources:

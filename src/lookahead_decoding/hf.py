@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,6 +101,15 @@ GENERATE_PARAMETERS: dict[str, str] = {
 _MODEL_INPUTS = frozenset({"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"})
 
 
+def _seeds(seeds: Any) -> list[int] | None:
+    if seeds is None:
+        return None
+    try:
+        return [operator.index(seed) for seed in seeds]
+    except TypeError:
+        raise TypeError(f"seeds must be integers, one per sequence, got {seeds!r}") from None
+
+
 class LookaheadDecoding:
     """Lookahead decoding as a `custom_generate` of transformers.
 
@@ -139,7 +149,7 @@ class LookaheadDecoding:
         self.streamer = streamer
         self.tokenizer = tokenizer
         self.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
-        self.seeds = list(seeds) if seeds is not None else None
+        self.seeds = _seeds(seeds)
         self.propose = propose
         self.compile = compile
         self.stats = Stats()
@@ -289,6 +299,8 @@ def generate(
         TypeError, ValueError: an argument that is wrong or cannot be honoured; the message says what to do.
     """
     base = lookahead if isinstance(lookahead, LookaheadDecoding) else LookaheadDecoding(lookahead)
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a transformers model, got {type(model).__name__}: load it first")
     decoding = LookaheadDecoding(
         base.config,
         streamer=streamer if streamer is not None else base.streamer,
@@ -330,6 +342,11 @@ def call_generate(model: PreTrainedModel, decoding: LookaheadDecoding, loop: Any
     if kwargs.get("cache_implementation") == "paged":
         raise ValueError("cache_implementation='paged' is continuous batching: use model.generate_batch")
     config = kwargs.get("generation_config")
+    if config is not None and not isinstance(config, GenerationConfig):
+        raise TypeError(f"generation_config must be a GenerationConfig, got {type(config).__name__}")
+    past = kwargs.get("past_key_values")
+    if past is not None and type(past) is not DynamicCache:
+        raise ValueError(f"past_key_values must be a DynamicCache, got {type(past).__name__}")
     stops = kwargs.pop("stop_strings", None)
     if stops is None and config is not None and config.stop_strings is not None:
         stops = config.stop_strings
@@ -390,7 +407,9 @@ def _layout(ids: torch.Tensor, model_kwargs: dict[str, Any], past: Any, config: 
             if not bool(mask[row, start:].all()):
                 raise ValueError(f"attention_mask must pad on the left only; row {row} has zeros after its first token")
     if total not in (length, covered + length):
-        raise ValueError(f"past_key_values holds {covered} tokens, which fits neither the ids nor the mask")
+        raise ValueError(
+            f"attention_mask has {total} columns, but the ids have {length} tokens and past_key_values holds {covered}"
+        )
     whole = total == length
     if whole and covered >= length:
         raise ValueError(f"past_key_values covers all {length} tokens: give at least one new one")

@@ -97,6 +97,14 @@ class Target:
         fixed = compile != "off" and attention == OURS and kernel_found() and "logits_to_keep" in parameters_of(model)
         self._start(model, capacity, batch, attention, compile if fixed else "off")
 
+    @classmethod
+    def with_attention(cls, model: PreTrainedModel, capacity: int, attention: str | None = None) -> Target:
+        """A target for one sequence with a given attention, unprobed; the model's own by default."""
+        target = cls.__new__(cls)
+        own: str = model.config.get_text_config(decoder=True)._attn_implementation
+        target._start(model, capacity, 1, attention or own, "off")
+        return target
+
     def _start(self, model: PreTrainedModel, capacity: int, batch: int, attention: str, compile: str) -> None:
         self.model = model
         self.config = model.config.get_text_config(decoder=True)
@@ -341,9 +349,11 @@ def _unsuitable(model: PreTrainedModel, config: Any) -> str:
     """Why a model cannot take a tree, as far as its configuration says."""
     if model.config.is_encoder_decoder:
         return "it is an encoder-decoder"
+    if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
+        return "its attention has ALiBi biases, which go by slot and not by position"
     strange = sorted(n for n, v in vars(config).items() if STRANGE_WINDOW.search(n) and isinstance(v, int) and v > 1)
     if strange:
-        return f"its configuration has {', '.join(strange)}, an attention window of a kind that is not understood"
+        return f"its configuration has {', '.join(strange)}, which says that layers are windowed in an unknown way"
     if config._attn_implementation not in ("eager", "sdpa"):
         name = config._attn_implementation
         return f"its attention is {name!r}, which takes no mask; load it with attn_implementation='sdpa'"
@@ -363,8 +373,7 @@ def _try(model: PreTrainedModel, attention: str) -> str:
     root = prompt.pop()
 
     def started() -> Target:
-        target = Target.__new__(Target)
-        target._start(model, 64, 1, attention, "off")
+        target = Target.with_attention(model, 64, attention)
         target.prefill([[*prompt]])
         target.commit([[0]])
         return target

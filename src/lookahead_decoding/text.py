@@ -63,7 +63,7 @@ def decode_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 def stream(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str | Sequence[int],
+    prompt: str | Sequence[int] | torch.Tensor,
     *,
     lookahead: LookaheadConfig | None = None,
     seed: int | None = None,
@@ -77,7 +77,7 @@ def stream(
     Args:
         model: any causal language model that can take a token tree.
         tokenizer: its tokenizer.
-        prompt: text, or token ids.
+        prompt: text, or token ids (a list, or a tensor of one sequence).
         lookahead: W, N, G and the sources.
         seed: for sampling; torch's own generator is used if left out.
         propose: a further source of candidates (see `LookaheadDecoding`).
@@ -94,7 +94,17 @@ def stream(
             raise ValueError(f"{name}: a stream gives its steps itself; leave it out, or use generate")
     if kwargs.get("num_return_sequences", 1) not in (None, 1):
         raise ValueError("num_return_sequences: a stream has one sequence; start several")
-    ids = tokenizer(prompt).input_ids if isinstance(prompt, str) else list(prompt)
+    if isinstance(lookahead, LookaheadDecoding):
+        raise TypeError("lookahead: a stream takes a LookaheadConfig")
+    if kwargs.pop("attention_mask", None) is not None:
+        raise ValueError("attention_mask: a stream has one prompt without padding; leave it out")
+    if isinstance(prompt, torch.Tensor):
+        if prompt.ndim > 1 and len(prompt) != 1:
+            raise TypeError(f"prompt must be one text or the token ids of one, got shape {tuple(prompt.shape)}")
+        prompt = prompt.flatten().tolist()
+    ids: list[int] = tokenizer(prompt).input_ids if isinstance(prompt, str) else list(prompt or ())
+    if not all(isinstance(t, int) for t in ids):
+        raise TypeError(f"prompt must be one text or the token ids of one, got {prompt!r}")
     if not ids:
         raise ValueError("the prompt is empty: give at least one token")
     decoding = LookaheadDecoding(

@@ -1,0 +1,1 @@
+"""Measuring honestly: methods taking turns on the same prompts, and one result type for table, file and plot."""

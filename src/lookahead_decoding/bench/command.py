@@ -1,0 +1,264 @@
+"""`lookahead bench`: methods compared on prompts, and the cost of a step."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..cli_common import Problem, encode, first_line, load, read_prompts, room, sampling
+from ..config import LookaheadConfig
+from ..hf import LookaheadDecoding, generate
+from .methods import METHODS, make, measure
+from .result import About, Result
+from .step import commit_times, outside_share, step_times
+
+
+class _Default(click.Group):
+    """`bench MODEL` is `bench run MODEL`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
+            args.insert(0, "run")
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=_Default)
+def bench() -> None:
+    """Compare methods on prompts (`bench MODEL ...`), or time a step (`bench step MODEL`)."""
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    names = [line for line in _cpuinfo() if line.startswith("model name")]
+    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+@bench.command("run")
+@click.argument("model")
+@click.option("--prompts", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True)
+@click.option("--field", default="prompt", show_default=True)
+@click.option("--limit", type=click.IntRange(1), help="Only the first prompts.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--dtype", default="float32", show_default=True, help="Of methods that do not name their own.")
+@click.option("--device")
+@click.option(
+    "--methods",
+    default="autoregressive,lookahead,hf-greedy,hf-prompt-lookup",
+    show_default=True,
+    help=f"Of {', '.join(METHODS)}; with @dtype behind it a method runs in that dtype.",
+)
+@click.option("--config", default="15,5,15", show_default=True, help="W,N,G")
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--replay", help="Force the text in this field of the prompts' file.")
+@click.option("--eos/--no-eos", default=True, show_default=True, help="Whether the end of text ends an answer.")
+@click.option("--repeat", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="A picture; needs matplotlib.")
+@click.option("--trust-remote-code", is_flag=True)
+def run(
+    model: str,
+    prompts: Path,
+    field: str,
+    limit: int | None,
+    max_new_tokens: int,
+    dtype: str,
+    device: str | None,
+    methods: str,
+    config: str,
+    temperature: float,
+    seed: int,
+    replay: str | None,
+    eos: bool,
+    repeat: int,
+    json_path: Path | None,
+    plot: Path | None,
+    trust_remote_code: bool,
+) -> None:
+    """Methods take turns prompt by prompt, warmed up; the table has prompts that loop apart.
+
+    Ratios are medians over the prompts with their quartiles: to the best plain baseline of the run, whatever its
+    dtype, and to hf-greedy. Interrupting keeps what was measured.
+    """
+    if plot is not None:
+        _need_matplotlib()
+    texts = read_prompts(prompts, field, limit)
+    settings = _config(config)
+    wanted = [name.partition("@")[::2] for name in methods.split(",")]
+    loaded: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = {}
+    made = []
+    for name, own in wanted:
+        kind = own or dtype
+        if kind not in loaded:
+            loaded[kind] = load(model, kind, device, trust_remote_code)
+        try:
+            made.append(make(name.strip(), kind, loaded[kind][0], settings))
+        except ValueError as error:
+            raise Problem(str(error)) from error
+    target, tokenizer = next(iter(loaded.values()))
+    ids = [encode(target, tokenizer, text, f"prompt {i}") for i, text in enumerate(texts, 1)]
+    options = sampling(temperature) | {"max_new_tokens": min(room(target, p, max_new_tokens) for p in ids)}
+    if not eos:
+        options["eos_token_id"] = None
+    replays = None
+    if replay is not None:
+        references = [tokenizer(t).input_ids for t in read_prompts(prompts, replay, limit)]
+        replays = [r[: room(target, p, max_new_tokens)] for p, r in zip(ids, references, strict=True)]
+        options = {"do_sample": False}
+    mode = "replay" if replay else f"sampled at {temperature}" if temperature else "greedy"
+    about = About(
+        command=shlex.join(["lookahead", *sys.argv[1:]]),
+        model=model if model == "pocket" else Path(model).name,
+        prompts=prompts.name,
+        mode=f"{mode}, {config}",
+        device=_device_name(target.device),
+        threads=torch.get_num_threads(),
+    )
+    result = Result(about)
+    console = Console(stderr=True)
+    try:
+        found = measure(made, ids, options, repeat, replays, seed if temperature else None)
+        for number, rows in enumerate(found, 1):
+            result.rows += rows
+            if sys.stderr.isatty():
+                console.print(f"prompt {number}/{len(ids)}", end="\r")
+    except KeyboardInterrupt:
+        console.print(f"interrupted: {len({r.prompt for r in result.rows})} of {len(ids)} prompts were measured")
+    except (TypeError, ValueError) as error:
+        raise Problem(first_line(error)) from error
+    if not result.rows:
+        raise Problem("nothing was measured")
+    _show(result)
+    if json_path is not None:
+        result.write(json_path)
+    if plot is not None:
+        result.plot(plot)
+
+
+def _config(text: str) -> LookaheadConfig:
+    try:
+        w, n, g = (int(part) for part in text.split(","))
+        return LookaheadConfig(w, n, g)
+    except ValueError as error:
+        raise Problem(f"--config takes W,N,G, such as 15,5,15: {error}") from error
+
+
+def _need_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401  # only to know before anything is measured
+    except ModuleNotFoundError as error:
+        raise Problem("--plot needs matplotlib: pip install 'lookahead-decoding[plot]'") from error
+
+
+def _show(result: Result) -> None:
+    console = Console(highlight=False)
+    table = Table("method", "prompts", "tokens/s", "per step", "over best plain", "over hf-greedy", "agrees")
+    for line in result.summary():
+        ratios = []
+        for name in ("over_best_plain", "over_hf_greedy"):
+            found = line[name]
+            ratios.append(f"{found[0]:.2f} ({found[1]:.2f}-{found[2]:.2f})" if isinstance(found, list) else "")
+        length = line["mean_acceptance_length"]
+        name = f"{line['method']}{' (loops, short)' if line['looping'] else ''}"
+        speed = f"{line['tokens_per_second']:.1f}"
+        table.add_row(name, str(line["prompts"]), speed, str(length or ""), *ratios, str(line["agrees"]))
+    console.print(table)
+    if result.best_plain:
+        console.print(f"best plain baseline: {result.best_plain}; {result.about.mode}; {result.about.device}")
+    for method in result.methods:
+        differs = [row.prompt for looping in (False, True) for row in result.of(method, looping) if not row.agrees]
+        if differs and not result.about.mode.startswith("sampled"):
+            console.print(
+                f"warning: {method} gives other tokens on {len(differs)} prompts ({', '.join(map(str, differs[:5]))}): "
+                "`lookahead verify` says whether that is rounding"
+            )
+
+
+@bench.command("step")
+@click.argument("model")
+@click.option("--dtype", default="float32", show_default=True)
+@click.option("--device")
+@click.option("--rows", default="1,2,4,8,16,32,48,64,96,128", show_default=True)
+@click.option("--contexts", default="256,1024,4096", show_default=True)
+@click.option("--repeat", type=click.IntRange(1), default=15, show_default=True)
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--trust-remote-code", is_flag=True)
+def step(
+    model: str,
+    dtype: str,
+    device: str | None,
+    rows: str,
+    contexts: str,
+    repeat: int,
+    json_path: Path | None,
+    trust_remote_code: bool,
+) -> None:
+    """t(n): the time of a step by its rows, ours and through the model's own attention with a mask."""
+    target, tokenizer = load(model, dtype, device, trust_remote_code)
+    try:
+        sizes, lengths = ([int(part) for part in text.split(",")] for text in (rows, contexts))
+    except ValueError as error:
+        raise Problem(f"--rows and --contexts take numbers separated by commas: {error}") from error
+    times = []
+    table = Table("context", "rows", "ms", "t(n)/t(1)", "own attention, ms", "speedup")
+    for one in step_times(target, sizes, lengths, repeat):
+        times.append(one)
+        first = next(t.ours for t in times if t.context == one.context)
+        table.add_row(
+            str(one.context),
+            str(one.rows),
+            f"{one.ours:.2f}",
+            f"{one.ours / first:.2f}",
+            f"{one.stock:.2f}",
+            f"{one.stock / one.ours:.2f}x",
+        )
+    console = Console(highlight=False)
+    console.print(table)
+    shares, outside = _shares(target, tokenizer)
+    commits = commit_times(target)
+    console.print("share of a step: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
+    console.print(f"outside the forward: {outside:.2f} ms per step")
+    console.print("commit: " + ", ".join(f"{ms:.3f} ms at {length}" for length, ms in commits.items()))
+    if json_path is not None:
+        content: dict[str, Any] = {
+            "command": shlex.join(["lookahead", *sys.argv[1:]]),
+            "model": Path(model).name,
+            "parameters": sum(p.numel() for p in target.parameters()),
+            "dtype": dtype,
+            "device": _device_name(target.device),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "steps": [vars(t) for t in times],
+            "shares": shares,
+            "outside_forward_ms": outside,
+            "commit_ms": commits,
+        }
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        json_path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _shares(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, float], float]:
+    """Shares of a step at the default settings, and milliseconds outside the forward."""
+    ids = torch.tensor([tokenizer("def fibonacci(n):\n").input_ids], device=model.device)
+    decoding = LookaheadDecoding()
+    for _ in range(2):
+        generate(model, ids, max_new_tokens=100, do_sample=False, eos_token_id=None, lookahead=decoding)
+    shares = outside_share(decoding.stats.seconds)
+    others = sum(s for name, s in decoding.stats.seconds.items() if name not in ("prefill", "forward"))
+    return shares, 1e3 * others / decoding.stats.steps

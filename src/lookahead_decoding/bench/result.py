@@ -1,0 +1,159 @@
+"""What a benchmark measured: one type that is printed, written and drawn."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median, quantiles
+
+import torch
+import transformers
+
+LOOP = 0.5
+"""A text of which at most this share of 8-grams is distinct is a loop: it flatters every speculative method."""
+
+SHORT = 32
+"""A text of fewer tokens is too short to tell, and is listed with the loops."""
+
+
+def distinct_share(ids: Sequence[int], n: int = 8) -> float:
+    """Share of distinct n-grams among all n-grams of a text; 1.0 for one too short to have any."""
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one prompt.
+
+    Attributes:
+        prompt: its number in the file, from 0.
+        method: name, with its dtype behind an `@`.
+        plain: whether the method is plain decoding, and so a baseline.
+        tokens: tokens emitted.
+        seconds: of each repetition, prefill included.
+        mean_acceptance_length: tokens per step; None for methods that do not say.
+        distinct_8_grams: share of distinct 8-grams of the text.
+        agrees: whether the tokens are those of the run's first method of the same dtype.
+    """
+
+    prompt: int
+    method: str
+    plain: bool
+    tokens: int
+    seconds: tuple[float, ...]
+    mean_acceptance_length: float | None
+    distinct_8_grams: float
+    agrees: bool
+
+    @property
+    def tokens_per_second(self) -> float:
+        """At the median of the repetitions."""
+        return self.tokens / median(self.seconds)
+
+
+@dataclass(frozen=True)
+class About:
+    """Where and on what a benchmark ran."""
+
+    command: str
+    model: str
+    prompts: str
+    mode: str
+    device: str
+    threads: int
+    torch: str = torch.__version__
+    transformers: str = transformers.__version__
+    python: str = platform.python_version()
+
+
+@dataclass
+class Result:
+    """All rows of a run, and what follows from them."""
+
+    about: About
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def methods(self) -> list[str]:
+        """Names in the order they ran."""
+        return list(dict.fromkeys(row.method for row in self.rows))
+
+    def of(self, method: str, looping: bool = False) -> list[Row]:
+        """A method's rows on prompts whose text loops, or does not."""
+        loops = {row.prompt for row in self.rows if row.distinct_8_grams <= LOOP or row.tokens < SHORT}
+        return [row for row in self.rows if row.method == method and (row.prompt in loops) == looping]
+
+    def speed(self, method: str, looping: bool = False) -> float:
+        """Median over the prompts of tokens per second."""
+        rows = self.of(method, looping)
+        return median(row.tokens_per_second for row in rows) if rows else 0.0
+
+    @property
+    def best_plain(self) -> str | None:
+        """The fastest plain method, of any dtype."""
+        plain = list(dict.fromkeys(row.method for row in self.rows if row.plain))
+        return max(plain, key=self.speed, default=None)
+
+    def ratio(self, method: str, to: str, looping: bool = False) -> tuple[float, float, float] | None:
+        """Median, lower and upper quartile over the prompts of the speed of one method over another's."""
+        others = {row.prompt: row.tokens_per_second for row in self.of(to, looping)}
+        ratios = [r.tokens_per_second / others[r.prompt] for r in self.of(method, looping) if r.prompt in others]
+        if not ratios:
+            return None
+        low, middle, high = quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
+        return middle, low, high
+
+    def summary(self) -> list[dict[str, object]]:
+        """A line per method: the table, and the first part of the file."""
+        best = self.best_plain
+        lines: list[dict[str, object]] = []
+        for looping in (False, True):
+            for method in self.methods:
+                rows = self.of(method, looping)
+                if not rows:
+                    continue
+                lengths = [r.mean_acceptance_length for r in rows if r.mean_acceptance_length is not None]
+                line: dict[str, object] = {"method": method, "looping": looping, "prompts": len(rows)}
+                line["tokens_per_second"] = round(self.speed(method, looping), 2)
+                line["mean_acceptance_length"] = round(sum(lengths) / len(lengths), 3) if lengths else None
+                for name, to in (("over_best_plain", best), ("over_hf_greedy", self._like(method, "hf-greedy"))):
+                    found = self.ratio(method, to, looping) if to else None
+                    line[name] = [round(x, 3) for x in found] if found else None
+                line["agrees"] = f"{sum(r.agrees for r in rows)}/{len(rows)}"
+                lines.append(line)
+        return lines
+
+    def _like(self, method: str, name: str) -> str | None:
+        """A method of that name in the same dtype, or in any."""
+        same = f"{name}@{method.rpartition('@')[2]}"
+        found = [m for m in self.methods if m.startswith(f"{name}@")]
+        return same if same in found else found[0] if found else None
+
+    def write(self, path: Path) -> None:
+        """Write everything as JSON."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"about": asdict(self.about), "best_plain": self.best_plain, "summary": self.summary()}
+        content |= {"rows": [asdict(row) for row in self.rows]}
+        path.write_text(json.dumps(content, indent=1) + "\n")
+
+    def plot(self, path: Path) -> None:
+        """Draw tokens per second of every method; needs matplotlib.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
+        """
+        import matplotlib.pyplot as plt
+
+        figure, axes = plt.subplots(figsize=(8, 0.6 * len(self.methods) + 1.5))
+        values = [[row.tokens_per_second for row in self.of(m)] for m in self.methods]
+        axes.boxplot(values, orientation="horizontal", tick_labels=self.methods)
+        axes.set_xlabel("tokens per second, prompts that do not loop")
+        axes.set_xlim(left=0)
+        axes.set_title(f"{self.about.model}, {self.about.mode}, {self.about.device}")
+        figure.tight_layout()
+        figure.savefig(path)
+        plt.close(figure)

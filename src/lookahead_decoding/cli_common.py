@@ -1,0 +1,101 @@
+"""What the commands share: loading models, reading prompts, and problems in one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from . import pocket_path
+from .hf import context_of
+from .target import probe
+
+
+class Problem(click.ClickException):
+    """Something the user can mend: one line, exit code 2."""
+
+    exit_code = 2
+
+
+def load(name: str, dtype: str, device: str | None, trust: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer by 'pocket', a folder, or a hub id."""
+    path = pocket_path() if name == "pocket" else name
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
+    if looks_local and not Path(path).expanduser().is_dir():
+        raise Problem(f"no model folder at {name!r}")
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:
+        raise Problem(f"cannot use device {where!r}: {first_line(error)}") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust).to(where)
+    except Exception as error:  # a broken folder fails in as many ways as there are files in it
+        raise Problem(f"cannot load a model from {name!r}: {first_line(error)}") from error
+    try:
+        probe(model.eval())
+    except ValueError as error:
+        raise Problem(str(error)) from error
+    return model, tokenizer
+
+
+def first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return f"{lines[0]} {lines[1]}"
+    return lines[0] if lines else type(error).__name__
+
+
+def read_prompts(path: Path, field: str, limit: int | None = None) -> list[str]:
+    """The prompts of a JSONL file."""
+    prompts: list[str] = []
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise Problem(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
+    for number, line in enumerate(lines, 1):
+        if limit is not None and len(prompts) == limit:
+            break
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise Problem(f"{path}, line {number}: not JSON ({error.msg})") from error
+        if not isinstance(record, dict) or not isinstance(record.get(field), str):
+            raise Problem(f"{path}, line {number}: no text in field {field!r} (choose one with --field)")
+        prompts.append(record[field])
+    if not prompts:
+        raise Problem(f"{path}: no prompts in it")
+    return prompts
+
+
+def encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, which: str) -> list[int]:
+    """Token ids of a prompt that fits the model's context."""
+    ids: list[int] = tokenizer(prompt).input_ids
+    if not ids:
+        raise Problem(f"{which} is empty: give at least one token")
+    context = context_of(model)
+    if context is not None and len(ids) >= context:
+        raise Problem(f"{which} has {len(ids):,} tokens, and the model's context is {context:,}: shorten it")
+    return ids
+
+
+def room(model: PreTrainedModel, prompt: Sequence[int], max_new_tokens: int) -> int:
+    """New tokens that the context leaves room for."""
+    context = context_of(model)
+    return max_new_tokens if context is None else min(max_new_tokens, context - len(prompt))
+
+
+def sampling(temperature: float, top_k: int | None = None, top_p: float | None = None) -> dict[str, Any]:
+    """What `generate` takes: greedy at temperature 0, whatever the model's generation config says."""
+    if temperature == 0:
+        return {"do_sample": False}
+    options: dict[str, Any] = {"do_sample": True, "temperature": temperature}
+    return options | {k: v for k, v in (("top_k", top_k), ("top_p", top_p)) if v is not None}

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import lookahead_decoding as ld
+from lookahead_decoding import cli
+from lookahead_decoding.bench.methods import METHODS, Replay, make, measure
+from lookahead_decoding.bench.result import About, Result, Row, distinct_share
+from lookahead_decoding.bench.step import commit_times, step_times, tree_of
+from test_exactness import prompt_of
+
+Tiny = Callable[..., torch.nn.Module]
+ABOUT = About("lookahead bench m", "m", "p.jsonl", "greedy", "a cpu", 2)
+
+
+def row(prompt: int, method: str, seconds: tuple[float, ...], share: float = 1.0, tokens: int = 100) -> Row:
+    plain = not method.startswith("lookahead")
+    return Row(prompt, method, plain, tokens, seconds, None if plain else 2.0, share, True)
+
+
+def test_ratios_are_medians_over_prompts_to_the_best_plain_method_of_any_dtype() -> None:
+    result = Result(ABOUT)
+    for prompt, speed in enumerate((1.0, 2.0, 4.0)):
+        result.rows += [
+            row(prompt, "autoregressive@float32", (2.0,)),
+            row(prompt, "hf-greedy@float32", (4.0, 5.0, 1000.0)),
+            row(prompt, "autoregressive@bfloat16", (1.0,)),
+            row(prompt, "lookahead@bfloat16", (1.0 / speed,)),
+        ]
+    assert result.best_plain == "autoregressive@bfloat16"
+    assert result.speed("hf-greedy@float32") == 20.0
+    assert result.ratio("lookahead@bfloat16", "autoregressive@bfloat16") == (2.0, 1.0, 4.0)
+    last = result.summary()[-1]
+    assert last["over_best_plain"] == [2.0, 1.0, 4.0]
+    assert last["over_hf_greedy"] == [10.0, 5.0, 20.0]
+    assert last["mean_acceptance_length"] == 2.0
+
+
+def test_loops_and_short_texts_are_listed_apart() -> None:
+    result = Result(ABOUT)
+    result.rows = [
+        row(0, "lookahead@x", (1.0,)),
+        row(1, "lookahead@x", (1.0,), 0.4),
+        row(2, "lookahead@x", (1.0,), 1.0, 9),
+    ]
+    assert [r.prompt for r in result.of("lookahead@x")] == [0]
+    assert [r.prompt for r in result.of("lookahead@x", looping=True)] == [1, 2]
+    assert [(line["looping"], line["prompts"]) for line in result.summary()] == [(False, 1), (True, 2)]
+
+
+def test_share_of_distinct_ngrams() -> None:
+    assert distinct_share([1, 2, 3, 4], 2) == 1.0
+    assert distinct_share([1, 2, 1, 2, 1], 2) == 0.5
+    assert distinct_share([1], 2) == 1.0
+
+
+def test_every_method_gives_the_same_greedy_tokens(tiny: Tiny) -> None:
+    model = tiny()
+    methods = [make(name, "float32", model, ld.LookaheadConfig(3, 3, 3)) for name in METHODS if name != "hf-static"]
+    options = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": None}
+    found = list(measure(methods, [prompt_of(5)[0].tolist(), prompt_of(9)[0].tolist()], options, repeat=2))
+    assert [[r.agrees for r in rows] for rows in found] == [[True] * 4] * 2
+    assert [len(r.seconds) for r in found[0]] == [2] * 4
+    assert [r.tokens for r in found[1]] == [20] * 4
+    with pytest.raises(ValueError, match="no method 'magic': choose from"):
+        make("magic", "float32", model, ld.LookaheadConfig())
+
+
+def test_sampled_methods_start_from_the_same_seed(tiny: Tiny) -> None:
+    methods = [make(name, "float32", tiny(), ld.LookaheadConfig()) for name in ("hf-greedy", "lookahead")]
+    (rows,) = measure(methods, [[5, 6]], {"do_sample": True, "max_new_tokens": 15, "eos_token_id": None}, seed=4)
+    assert [r.agrees for r in rows] == [True, True]
+
+
+def test_replay_forces_the_reference(tiny: Tiny) -> None:
+    methods = [make(name, "float32", tiny(), ld.LookaheadConfig(3, 3, 3)) for name in ("autoregressive", "lookahead")]
+    reference = [7, 8, 9, 7, 8, 9, 7, 8, 9, 7, 8, 9]
+    (rows,) = measure(methods, [[5, 6]], {"do_sample": False}, replays=[reference])
+    assert [r.tokens for r in rows] == [12, 12]
+    assert rows[1].mean_acceptance_length > 1.0
+    forced = Replay([5, 6, 7])(torch.tensor([[5, 6]]), torch.zeros(1, 10))
+    assert forced.argmax().item() == 7
+    assert forced.isneginf().sum() == 9
+
+
+def test_a_tree_of_every_size() -> None:
+    for rows in (1, 2, 7, 8, 33, 64, 128):
+        assert len(tree_of(rows)) == rows
+
+
+def test_step_and_commit_times_are_positive(tiny: Tiny) -> None:
+    times = list(step_times(tiny(), (1, 8), (20, 40), repeats=2))
+    assert [(t.context, t.rows) for t in times] == [(20, 1), (20, 8), (40, 1), (40, 8)]
+    assert all(t.ours > 0 and t.stock > 0 for t in times)
+    assert set(commit_times(tiny(), (70, 200), repeats=3)) == {70, 200}
+
+
+def test_the_command_prints_a_table_and_writes_file_and_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text(
+        '{"prompt": "def f(x):\\n", "code": "    return x + 1\\n"}\n{"prompt": "import os\\n", "code": "x"}\n'
+    )
+    out, picture = tmp_path / "r" / "out.json", tmp_path / "out.png"
+    methods = "autoregressive,lookahead,autoregressive@bfloat16"
+    arguments = [
+        "lookahead",
+        "bench",
+        "pocket",
+        "--prompts",
+        str(prompts),
+        "--max-new-tokens",
+        "40",
+        "--methods",
+        methods,
+    ]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--no-eos", "--json", str(out), "--plot", str(picture)])
+    cli.main()
+    assert "best plain baseline: autoregressive@" in capsys.readouterr().out
+    content = json.loads(out.read_text())
+    assert [r["method"] for r in content["rows"][:3]] == [
+        "autoregressive@float32",
+        "lookahead@float32",
+        "autoregressive@bfloat16",
+    ]
+    assert content["about"]["command"].startswith("lookahead bench pocket")
+    assert picture.stat().st_size > 1000
+    monkeypatch.setattr(sys, "argv", [*arguments, "--replay", "code"])
+    cli.main()
+    assert "replay" in capsys.readouterr().out
