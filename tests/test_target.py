@@ -161,9 +161,14 @@ def test_our_attention_is_used_where_it_is_exact_and_only_during_our_steps(
     tiny: Callable[..., torch.nn.Module],
 ) -> None:
     assert Target(tiny("llama"), capacity=40).attention == OURS
-    target = Target(tiny("gemma2"), capacity=40)
+    model = tiny("gemma2")
+    before = model.config._attn_implementation
+    target = Target(model, capacity=60)
     target.prefill([PROMPT])
-    assert tiny("gemma2").config._attn_implementation == "eager"
+    target.commit([[0]])
+    target.forward([build_tree(20, candidates=[(30, 31)])])
+    assert target.attention == OURS
+    assert model.config._attn_implementation == before != OURS
 
 
 def test_the_probe_notices_a_model_that_ignores_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:

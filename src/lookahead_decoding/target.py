@@ -64,7 +64,8 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Our attention with the signature of transformers; it is in force during our own steps alone."""
-    if attention_mask is None or position_bias is not None:
+    ours = attention_mask is not None and (attention_mask.dtype == torch.int32 or attention_mask.is_floating_point())
+    if not ours or position_bias is not None:
         raise ValueError("a step's attention needs our mask and takes no position bias")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     return attend(query, key, value, attention_mask, scale, softcap or 0.0, s_aux), None
