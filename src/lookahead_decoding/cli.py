@@ -30,8 +30,8 @@ from .text import Detokenizer, decode_text, stream
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 DEMO_PROMPTS = (
-    "def fibonacci(n):\n    ",
-    'class Stack:\n    """A stack with push and pop."""\n\n    def __init__(self):\n',
+    'def has_close_elements(numbers, threshold):\n    """Check if any two numbers are closer than the threshold."""\n',
+    'class Stack:\n    """A stack with push and pop."""\n\n    def __init__(self, items=None):\n',
     "import argparse\n\n\ndef main():\n    parser = argparse.ArgumentParser(",
 )
 STEP_COLOURS = ("cyan", "yellow", "magenta", "green")
