@@ -150,13 +150,14 @@ class TreeCache(Cache):  # type: ignore[misc]
                 layer.values[b, :, target] = other.values[b][:, source]
         self.slots.lengths[:] = [len(slots) for slots in rows]
 
-    def store(self, past: Cache, starts: Sequence[int]) -> None:
+    def store(self, past: Cache, starts: Sequence[int], share: bool = True) -> None:
         """Write everything committed into another cache, as `generate` would have left it.
 
         Args:
             past: a dynamic cache of the same model.
             starts: left padding of each sequence, whose slots of `past` hold zeros. A single sequence without padding
-                is handed over without a copy.
+                is handed over without a copy if `share`.
+            share: nobody writes into this cache any more.
         """
         if len(past.layers) < len(self.layers):  # a cache without a configuration makes its layers as they come
             past.layers += [DynamicLayer() for _ in range(len(self.layers) - len(past.layers))]
@@ -165,13 +166,13 @@ class TreeCache(Cache):  # type: ignore[misc]
             first = max(0, length - other.sliding_window + 1) if getattr(other, "is_sliding", False) else 0
             if not other.is_initialized:
                 other.lazy_initialization(layer.keys, layer.values)
-            other.keys = self._padded(layer.keys, starts, length)[:, :, first:]
-            other.values = self._padded(layer.values, starts, length)[:, :, first:]
+            other.keys = self._padded(layer.keys, starts, length, share)[:, :, first:]
+            other.values = self._padded(layer.values, starts, length, share)[:, :, first:]
             if hasattr(other, "cumulative_length"):
                 other.cumulative_length = length
 
-    def _padded(self, buffer: torch.Tensor, starts: Sequence[int], length: int) -> torch.Tensor:
-        if len(starts) == 1 and not starts[0]:
+    def _padded(self, buffer: torch.Tensor, starts: Sequence[int], length: int, share: bool) -> torch.Tensor:
+        if share and len(starts) == 1 and not starts[0]:
             return buffer[:, :, :length]
         batch, heads, _, size = buffer.shape
         padded = buffer.new_zeros(batch, heads, length, size)

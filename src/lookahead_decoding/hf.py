@@ -258,7 +258,7 @@ class Run:
     def output(self) -> GenerateDecoderOnlyOutput | torch.Tensor:
         """What `generate` returns, once all steps are taken."""
         config, samplers = self.generation_config, [r.sampler for r in self.requests]
-        self.target.cache.store(self.past, self.starts)
+        self.target.store(self.past, self.starts)
         pad, end = _first(config._pad_token_tensor), max(s.length for s in samplers)
         texts = [torch.nn.functional.pad(s.text[0], (0, end - s.length), value=pad) for s in samplers]
         sequences = torch.stack(texts)  # (batch, length)

@@ -173,6 +173,10 @@ class Target:
         """Keep the keys and values of each path, root first, and drop the rest of the last forward."""
         self.cache.commit(paths)
 
+    def store(self, past: DynamicCache, starts: Sequence[int]) -> None:
+        """Fill `past` as `generate` would have left it; a captured cache serves further requests, so it is copied."""
+        self.cache.store(past, starts, share=self._room is None)
+
     def _inputs(self, trees: Sequence[TokenTree | None], nodes: int) -> tuple[np.ndarray, np.ndarray]:
         """Token and position ids, (batch, nodes)."""
         ids = np.zeros((len(trees), nodes), dtype=np.int64)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-import torch
 from transformers import PreTrainedModel
 
 from ..target import Target
@@ -99,8 +98,3 @@ def outside_share(seconds_by_phase: dict[str, float]) -> dict[str, float]:
     parts = {name: taken for name, taken in seconds_by_phase.items() if name != "prefill"}
     total = sum(parts.values()) or 1.0
     return {name: taken / total for name, taken in parts.items()}
-
-
-def threads() -> int:
-    """Threads that PyTorch uses."""
-    return torch.get_num_threads()
