@@ -234,15 +234,3 @@ def test_autoregressive_is_the_same_loop_with_a_tree_of_one_node(
     assert [
         len(c.path) for (c,) in ld.autoregressive(ld.Target(model, 40), [request], ld.LookaheadConfig(), ld.Stats())
     ] == [1] * 30
-
-
-def test_steps_of_fixed_shape(tiny: Callable[..., torch.nn.Module]) -> None:
-    """What a GPU runs, uncompiled and in the kernel's interpreter: padded rows, lengths on the device."""
-    pytest.importorskip("triton")
-    model, ids = tiny(), prompt_of(6)
-    options = {"max_new_tokens": 6, "eos_token_id": None, **GREEDY}
-    plain = model.generate(ids, **options)[0].tolist()
-    small = ld.LookaheadConfig(1, 3, 0)  # a few rows: the interpreter is slow
-    decoding = ld.LookaheadDecoding(small, propose=lambda text: [plain[len(text) : len(text) + 2]], compile="graphs")
-    for _ in range(2):  # the second time with the cache of the first
-        assert ld.generate(model, ids, lookahead=decoding, **options)[0].tolist() == plain

@@ -136,6 +136,7 @@ def attend(
     """Attention of a step by the fastest way there is for these inputs.
 
     Args:
+        key, value: may have more slots than are in use.
         mask: integer rows as `encode_rows` gives them, for the kernel; otherwise dense, for all groups.
 
     The other arguments and the result are those of `reference`.
@@ -145,6 +146,8 @@ def attend(
 
         out: torch.Tensor = tree_attention(query, key, value, mask, scale, softcap, sinks)
         return out
+    slots = mask.shape[-1]
+    key, value = key[:, :, :slots], value[:, :, :slots]
     if softcap or sinks is not None:
         return reference(query, key, value, mask[:, :, : query.shape[2]], scale, softcap, sinks)
     return folded(query, key, value, mask, scale)

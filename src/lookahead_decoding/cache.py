@@ -22,7 +22,7 @@ class Slots:
     Attributes:
         lengths: committed tokens of each sequence.
         capacity: slots per sequence.
-        index: in a step of fixed shape, the slot of every row, (batch, rows); otherwise None.
+        index: in a compiled step, the slot of every row, (batch, rows); otherwise None.
         stacks: buffers of layers of one shape, (layers, batch, key heads, capacity, size).
     """
 
@@ -73,7 +73,10 @@ class TreeCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the step's rows, (batch, key heads, rows, head size), and return all slots in use."""
+        """Write the step's rows, (batch, key heads, rows, head size), and return all slots in use.
+
+        In a compiled step that is every slot there is: how many are in use is for the mask to say.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.slots.index is not None:

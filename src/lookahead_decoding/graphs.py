@@ -1,13 +1,14 @@
-"""Steps of fixed shape: trees are padded to a few sizes, so that a step is compiled and captured once per size.
+"""Steps that were made ready once: compiled with torch.compile and, on a GPU, captured at a few fixed sizes.
 
-All integers of a step, whatever the context, go to the device in one copy; a captured step is then one launch. Lengths
-are among these integers, so the same capture serves every step of its size.
+All integers of a captured step, whatever the context, go to the device in one copy; the step is then one launch.
+Lengths are among these integers, so the same capture serves every step of its size.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,56 @@ WARM_UPS = 3
 Forward = Callable[[Any, torch.Tensor, torch.Tensor, list[torch.Tensor], torch.Tensor], torch.Tensor]
 """model, ids and positions (batch, nodes), rows per kind of mask (batch, 1, nodes, 3 + nodes), index of the rows with
 logits (nodes,) to logits (batch, nodes, vocab)."""
+
+
+PACKED = {
+    "freezing": True,
+    "max_autotune": True,
+    "max_autotune_gemm_backends": "CPP,ATEN",
+    "autotune_num_choices_displayed": 0,
+}
+"""Inductor's settings that lay the weights out for a CPU's matrix units: they hold a second copy of the weights."""
+
+
+class Compiled:
+    """A function compiled with torch.compile; where the compiler fails it runs as it is, after one warning.
+
+    Args:
+        function: what to compile.
+        options: settings of torch._inductor while it is compiled.
+        dynamic: as for torch.compile.
+    """
+
+    def __init__(
+        self, function: Callable[..., torch.Tensor], options: dict[str, Any] | None = None, dynamic: bool | None = None
+    ) -> None:
+        self._plain = function
+        self._options = options
+        import torch._inductor.config  # takes a second, which plain use need not pay
+
+        self._compiled: Callable[..., torch.Tensor] | None = torch.compile(function, dynamic=dynamic)
+
+    def __call__(self, *args: Any) -> torch.Tensor:
+        if self._compiled is not None:
+            try:  # a new shape compiles again, so the settings hold for every call
+                with torch._inductor.config.patch(self._options) if self._options else nullcontext():
+                    return self._compiled(*args)
+            except Exception as error:  # whatever a compiler fails with, the function itself may still run
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                warnings.warn(f"the step could not be compiled and runs uncompiled: {reason}", stacklevel=2)
+                self._compiled = None
+        return self._plain(*args)
+
+
+def vary(*tensors: torch.Tensor, dimensions: Collection[int] | None = None) -> None:
+    """Tell the compiler that sizes of these tensors change from call to call: all, or those of some dimensions.
+
+    A size of 1 is left fixed: a step of one row deserves code of its own.
+    """
+    for tensor in tensors:
+        for dimension in dimensions if dimensions is not None else range(tensor.ndim):
+            if tensor.shape[dimension] > 1:
+                torch._dynamo.maybe_mark_dynamic(tensor, dimension)
 
 
 def padded(rows: int) -> int:
@@ -56,8 +107,7 @@ class StepGraphs:
     """
 
     def __init__(self, forward: Forward, device: torch.device, compile: bool) -> None:
-        self._plain = forward
-        self._forward = torch.compile(forward, dynamic=False) if compile else forward
+        self._forward = Compiled(forward, dynamic=False) if compile else forward
         self._device = device
         self._steps: dict[tuple[int, int], _Step] = {}
         self._pool: Any = None
@@ -120,17 +170,8 @@ class StepGraphs:
         stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            try:
-                for _ in range(WARM_UPS):
-                    self._evaluate(model, step)
-            except Exception as error:  # whatever a compiler fails with, the step itself may still run
-                if self._forward is self._plain:
-                    raise
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                warnings.warn(f"the step could not be compiled and runs uncompiled: {reason}", stacklevel=2)
-                self._forward = self._plain
-                for _ in range(WARM_UPS):
-                    self._evaluate(model, step)
+            for _ in range(WARM_UPS):
+                self._evaluate(model, step)
         torch.cuda.current_stream().wait_stream(stream)
         step.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(step.graph, pool=self._pool):

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import inspect
 import re
+import warnings
 import weakref
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from transformers.masking_utils import sdpa_mask
 from .attention import LENGTH, attend, dense_mask, encode_rows
 from .cache import TreeCache
 from .choose import StepLogits
-from .graphs import StepGraphs, padded
+from .graphs import PACKED, Compiled, StepGraphs, padded, vary
 from .tree import TokenTree, build_tree
 
 SINGLE = TokenTree((0,), (-1,))
@@ -44,6 +45,7 @@ class _Known:
     def __init__(self) -> None:
         self.probed: dict[object, tuple[str, str]] = {}
         self.free: list[_Room] = []
+        self.compiled: tuple[object, Compiled] | None = None
 
 
 _known: WeakKeyDictionary[PreTrainedModel, _Known] = WeakKeyDictionary()
@@ -83,7 +85,9 @@ class Target:
         capacity: slots per sequence: the longest length one can reach, plus the rows of the largest tree.
         batch: sequences.
         compile: how a step runs. "off": as the model is. "graphs": padded to fixed shapes and, on a GPU, captured once
-            per size. "full": compiled with torch.compile as well. "auto": "full" on a GPU, "off" elsewhere.
+            per size. "full": compiled with torch.compile, and captured too on a GPU; a CPU takes minutes for it, and in
+            bfloat16 holds a second copy of the weights, laid out for its matrix units. "auto": "full" on a GPU, "off"
+            elsewhere. What a model cannot do is left out with a warning.
 
     Raises:
         ValueError: the model cannot take a token tree; the message says why.
@@ -95,8 +99,10 @@ class Target:
         attention = probe(model)
         if compile == "auto":
             compile = "full" if model.device.type == "cuda" else "off"
-        fixed = compile != "off" and attention == OURS and kernel_found() and "logits_to_keep" in parameters_of(model)
-        self._start(model, capacity, batch, attention, compile if fixed else "off")
+        reason = _not_ready(model, attention, compile)
+        if reason:
+            warnings.warn(f"compile={compile!r} is left out: {reason}", stacklevel=2)
+        self._start(model, capacity, batch, attention, "off" if reason else compile)
 
     @classmethod
     def with_attention(cls, model: PreTrainedModel, capacity: int, attention: str | None = None) -> Target:
@@ -111,8 +117,11 @@ class Target:
         self.config = model.config.get_text_config(decoder=True)
         self.attention = attention
         self._room: _Room | None = None
-        if compile == "off":
+        self._compiled: Compiled | None = None
+        if compile == "off" or (compile == "full" and model.device.type != "cuda"):
             self.cache = TreeCache(len(DynamicCache(config=self.config).layers), batch, capacity)
+            if compile == "full":
+                self._compiled = _compiled(model)
         else:  # what was captured for an earlier request serves this one as well
             self._room = _room(model, self.config, capacity + ROUND, batch, compile)
             self.cache = self._room.cache
@@ -151,10 +160,12 @@ class Target:
         else:  # causal attention, as the model has it: padding on the right is never seen
             ids = np.array([[*p, *[p[-1]] * (longest - len(p))] for p in prompts])
             positions = np.broadcast_to(np.arange(longest), ids.shape)
-            logits = self._call(ids, positions, None, sorted(set(last)))
+            logits = self._call(ids, positions, {}, sorted(set(last)))
         row = {node: i for i, node in enumerate(sorted(set(last)))}
         logits = torch.stack([logits[b, row[node]] for b, node in enumerate(last)])[:, None]  # (batch, 1, vocab)
         self.cache.commit([range(n) for n in last])
+        if self._compiled:  # the next request has other buffers
+            vary(*(b for layer in self.cache.layers for b in (layer.keys, layer.values)), dimensions=(0, 2))
         return StepLogits(logits, (0,))
 
     def forward(self, trees: Sequence[TokenTree | None]) -> StepLogits:
@@ -190,9 +201,8 @@ class Target:
     def _forward(self, trees: Sequence[TokenTree | None], nodes: int, keep: list[int]) -> torch.Tensor:
         ids, positions = self._inputs(trees, nodes)
         masks = {kind: self._mask(trees, nodes, window) for kind, window in self._kinds.items()}
-        mask = masks if len(masks) > 1 else next(iter(masks.values()))
         with self._our_attention():
-            return self._call(ids, positions, mask, keep)
+            return self._call(ids, positions, masks, keep)
 
     def _mask(self, trees: Sequence[TokenTree | None], nodes: int, sliding_window: int | None) -> torch.Tensor:
         rows = encode_rows(trees, self.lengths, nodes, sliding_window)
@@ -209,21 +219,54 @@ class Target:
         finally:
             self.config._attn_implementation = before
 
-    def _call(self, ids: np.ndarray, positions: np.ndarray, mask: Any, keep: list[int]) -> torch.Tensor:
+    @torch.no_grad()
+    def _call(self, ids: np.ndarray, positions: np.ndarray, masks: Masks, keep: list[int]) -> torch.Tensor:
         """Logits of the rows in `keep`, (batch, len(keep), vocab)."""
         device = self.model.device
-        options: dict[str, Any] = {"logits_to_keep": torch.tensor(keep)} if self._keep_index else {}
-        with torch.no_grad():
-            logits: torch.Tensor = self.model(
-                input_ids=torch.from_numpy(ids).to(device),
-                position_ids=torch.tensor(positions).to(device),
-                attention_mask=mask,
-                past_key_values=self.cache,
-                use_cache=True,
-                return_dict=True,
-                **options,
-            ).logits
-        return logits if self._keep_index else logits[:, keep]
+        tensors = torch.from_numpy(ids).to(device), torch.tensor(positions).to(device)
+        if not self._keep_index:
+            return _evaluate(self.model, self.cache, *tensors, masks)[:, keep]
+        kept = torch.tensor(keep)
+        if self._compiled is None or not masks:
+            return _evaluate(self.model, self.cache, *tensors, masks, kept)
+        index = torch.tensor(self.lengths)[:, None] + torch.arange(ids.shape[1])  # (batch, nodes)
+        vary(*tensors, *masks.values(), kept, index)
+        return self._compiled(self.model, self.cache, *tensors, masks, kept, index)
+
+
+Masks = dict[str, torch.Tensor]
+"""A mask per kind of layer; none at all is causal attention."""
+
+
+def _evaluate(
+    model: PreTrainedModel,
+    cache: TreeCache,
+    ids: torch.Tensor,
+    positions: torch.Tensor,
+    masks: Masks,
+    keep: torch.Tensor | None = None,
+    index: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Logits of one forward, (batch, kept rows, vocab).
+
+    Args:
+        ids, positions: (batch, nodes).
+        keep: rows that need logits; all by default.
+        index: the slot of every row, (batch, nodes); by default they stand behind each sequence's committed tokens.
+    """
+    cache.slots.index = index
+    options = {} if keep is None else {"logits_to_keep": keep}
+    logits: torch.Tensor = model(
+        input_ids=ids,
+        position_ids=positions,
+        attention_mask=masks if len(masks) > 1 else next(iter(masks.values()), None),
+        past_key_values=cache,
+        use_cache=True,
+        return_dict=True,
+        **options,
+    ).logits
+    cache.slots.index = None
+    return logits
 
 
 @dataclass
@@ -251,21 +294,35 @@ def _room(model: PreTrainedModel, config: Any, capacity: int, batch: int, compil
     def forward(
         model: Any, ids: torch.Tensor, positions: torch.Tensor, rows: list[torch.Tensor], keep: torch.Tensor
     ) -> torch.Tensor:
-        cache.slots.index = rows[0][:, 0, :, LENGTH].long() + torch.arange(ids.shape[1], device=ids.device)
-        mask: Any = rows[0] if len(kinds) == 1 else dict(zip(kinds, rows, strict=True))
-        logits: torch.Tensor = model(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
-            return_dict=True,
-            logits_to_keep=keep,
-        ).logits
-        cache.slots.index = None
-        return logits
+        index = rows[0][:, 0, :, LENGTH].long() + torch.arange(ids.shape[1], device=ids.device)
+        return _evaluate(model, cache, ids, positions, dict(zip(kinds, rows, strict=True)), keep, index)
 
     return _Room(cache, StepGraphs(forward, model.device, compile == "full"), capacity, batch, compile)
+
+
+def _compiled(model: PreTrainedModel) -> Compiled:
+    """The compiled step of a model; compiled anew for changed weights, which a packed copy would not follow."""
+    known = _known[model]
+    weights = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
+    if known.compiled is None or known.compiled[0] != weights:
+        if known.compiled is not None:
+            torch.compiler.reset()
+        packed = model.device.type == "cpu" and model.dtype == torch.bfloat16
+        known.compiled = weights, Compiled(_evaluate, PACKED if packed else None)
+    return known.compiled[1]
+
+
+def _not_ready(model: PreTrainedModel, attention: str, compile: str) -> str:
+    """Why a step cannot be compiled or captured; empty if it can, or need not."""
+    if compile == "off":
+        return ""
+    if attention != OURS:
+        return "the model takes no attention but its own"
+    if "logits_to_keep" not in parameters_of(model):
+        return "the model's forward has no logits_to_keep"
+    if not kernel_found() and (compile == "graphs" or model.device.type == "cuda"):
+        return "Triton, which the attention kernel is written in, is not installed"
+    return ""
 
 
 @functools.cache
