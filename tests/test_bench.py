@@ -10,13 +10,13 @@ import torch
 
 import lookahead_decoding as ld
 from lookahead_decoding import cli
-from lookahead_decoding.bench.methods import METHODS, Replay, make, measure
+from lookahead_decoding.bench.methods import METHODS, Job, Replay, make, measure, warm_up
 from lookahead_decoding.bench.result import About, Result, Row, distinct_share
 from lookahead_decoding.bench.step import commit_times, step_times, tree_of
 from test_exactness import prompt_of
 
 Tiny = Callable[..., torch.nn.Module]
-ABOUT = About("lookahead bench m", "m", "p.jsonl", "greedy", "a cpu", 2)
+ABOUT = About("lookahead bench m", "m", "p.jsonl", "greedy", "off", "a cpu", 2)
 
 
 def row(prompt: int, method: str, seconds: tuple[float, ...], share: float = 1.0, tokens: int = 100) -> Row:
@@ -62,31 +62,57 @@ def test_share_of_distinct_ngrams() -> None:
 
 def test_every_method_gives_the_same_greedy_tokens(tiny: Tiny) -> None:
     model = tiny()
-    methods = [make(name, "float32", model, ld.LookaheadConfig(3, 3, 3)) for name in METHODS if name != "hf-static"]
+    methods = [make(name, "float32", model, ld.LookaheadConfig(3, 3, 3)) for name in METHODS]
     options = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": None}
-    found = list(measure(methods, [prompt_of(5)[0].tolist(), prompt_of(9)[0].tolist()], options, repeat=2))
-    assert [[r.agrees for r in rows] for rows in found] == [[True] * 4] * 2
-    assert [len(r.seconds) for r in found[0]] == [2] * 4
-    assert [r.tokens for r in found[1]] == [20] * 4
+    jobs = [Job((tuple(prompt_of(n)[0].tolist()),)) for n in (5, 9)]
+    kept, failed = warm_up(methods, jobs, options)
+    assert (kept, failed) == (methods, {})
+    found = list(measure(methods, jobs, options, repeat=2))
+    assert [[r.agrees for r in rows] for rows in found] == [[True] * 5] * 2
+    assert [len(r.seconds) for r in found[0]] == [2] * 5
+    assert [r.tokens for r in found[1]] == [20] * 5
     with pytest.raises(ValueError, match="no method 'magic': choose from"):
         make("magic", "float32", model, ld.LookaheadConfig())
 
 
 def test_sampled_methods_start_from_the_same_seed(tiny: Tiny) -> None:
     methods = [make(name, "float32", tiny(), ld.LookaheadConfig()) for name in ("hf-greedy", "lookahead")]
-    (rows,) = measure(methods, [[5, 6]], {"do_sample": True, "max_new_tokens": 15, "eos_token_id": None}, seed=4)
+    options = {"do_sample": True, "max_new_tokens": 15, "eos_token_id": None}
+    (rows,) = measure(methods, [Job(((5, 6),))], options, seed=4)
     assert [r.agrees for r in rows] == [True, True]
 
 
 def test_replay_forces_the_reference(tiny: Tiny) -> None:
     methods = [make(name, "float32", tiny(), ld.LookaheadConfig(3, 3, 3)) for name in ("autoregressive", "lookahead")]
-    reference = [7, 8, 9, 7, 8, 9, 7, 8, 9, 7, 8, 9]
-    (rows,) = measure(methods, [[5, 6]], {"do_sample": False}, replays=[reference])
+    reference = (7, 8, 9, 7, 8, 9, 7, 8, 9, 7, 8, 9)
+    (rows,) = measure(methods, [Job(((5, 6),), reference)], {"do_sample": False})
     assert [r.tokens for r in rows] == [12, 12]
     assert rows[1].mean_acceptance_length > 1.0
     forced = Replay([5, 6, 7])(torch.tensor([[5, 6]]), torch.zeros(1, 10))
     assert forced.argmax().item() == 7
     assert forced.isneginf().sum() == 9
+
+
+def test_batches_count_tokens_up_to_each_end(tiny: Tiny) -> None:
+    names = ("hf-greedy", "lookahead", "hf-prompt-lookup")
+    methods = [make(name, "float32", tiny(), ld.LookaheadConfig(3, 3, 3)) for name in names]
+    jobs = [Job((tuple(prompt_of(6)[0].tolist()), (5, 6, 7)))]
+    alone = [
+        tiny().generate(torch.tensor([p]), do_sample=False, max_new_tokens=30, eos_token_id=None)[0].tolist()
+        for p in jobs[0].prompts
+    ]
+    stop = alone[0][10]  # ends the first sequence early
+    options = {"do_sample": False, "max_new_tokens": 30, "eos_token_id": stop, "pad_token_id": 0}
+    kept, failed = warm_up(methods, jobs, options)
+    assert [m.name for m in kept] == ["hf-greedy", "lookahead"]
+    assert list(failed) == ["hf-prompt-lookup@float32"]
+    (rows,) = measure(kept, jobs, options)
+    first, second = (text[len(p) :] for text, p in zip(alone, jobs[0].prompts, strict=True))
+    wanted = first.index(stop) + 1 + (second.index(stop) + 1 if stop in second else 30)
+    assert [r.tokens for r in rows] == [wanted] * 2
+    assert [r.agrees for r in rows] == [True] * 2
+    with pytest.raises(ValueError, match="replay takes one prompt at a time"):
+        Job(((1,), (2,)), (3,))
 
 
 def test_a_tree_of_every_size() -> None:

@@ -16,9 +16,10 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cli_common import Problem, encode, first_line, load, read_prompts, room, sampling
-from ..config import LookaheadConfig
+from ..config import SOURCES, LookaheadConfig
 from ..hf import LookaheadDecoding, generate
-from .methods import METHODS, make, measure
+from ..target import COMPILE
+from .methods import METHODS, Job, make, measure, warm_up
 from .result import About, Result
 from .step import commit_times, outside_share, step_times
 
@@ -64,6 +65,11 @@ def _cpuinfo() -> list[str]:
     help=f"Of {', '.join(METHODS)}; with @dtype behind it a method runs in that dtype.",
 )
 @click.option("--config", default="15,5,15", show_default=True, help="W,N,G")
+@click.option("--sources", default=",".join(SOURCES), show_default=True, help="Where lookahead takes candidates from.")
+@click.option("--compile", type=click.Choice(COMPILE), default="auto", show_default=True, help="Of our methods.")
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Prompts answered in one call."
+)
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--replay", help="Force the text in this field of the prompts' file.")
@@ -82,6 +88,9 @@ def run(
     device: str | None,
     methods: str,
     config: str,
+    sources: str,
+    compile: str,
+    batch_size: int,
     temperature: float,
     seed: int,
     replay: str | None,
@@ -99,8 +108,8 @@ def run(
     if plot is not None:
         _need_matplotlib()
     texts = read_prompts(prompts, field, limit)
-    settings = _config(config)
-    wanted = [name.partition("@")[::2] for name in methods.split(",")]
+    settings = _config(config, sources)
+    wanted = [name.strip().partition("@")[::2] for name in methods.split(",")]
     loaded: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = {}
     made = []
     for name, own in wanted:
@@ -108,38 +117,44 @@ def run(
         if kind not in loaded:
             loaded[kind] = load(model, kind, device, trust_remote_code)
         try:
-            made.append(make(name.strip(), kind, loaded[kind][0], settings))
+            made.append(make(name, kind, loaded[kind][0], settings, compile))
         except ValueError as error:
             raise Problem(str(error)) from error
     target, tokenizer = next(iter(loaded.values()))
     ids = [encode(target, tokenizer, text, f"prompt {i}") for i, text in enumerate(texts, 1)]
     options = sampling(temperature) | {"max_new_tokens": min(room(target, p, max_new_tokens) for p in ids)}
-    if not eos:
-        options["eos_token_id"] = None
-    replays = None
+    stop = target.generation_config.eos_token_id
+    options |= {"eos_token_id": stop if eos else None, "pad_token_id": target.generation_config.pad_token_id or 0}
+    jobs = [Job(tuple(map(tuple, ids[i : i + batch_size]))) for i in range(0, len(ids), batch_size)]
     if replay is not None:
+        if batch_size > 1:
+            raise Problem("--replay takes one prompt at a time: leave --batch-size out")
         references = [tokenizer(t).input_ids for t in read_prompts(prompts, replay, limit)]
-        replays = [r[: room(target, p, max_new_tokens)] for p, r in zip(ids, references, strict=True)]
+        jobs = [
+            Job((tuple(p),), tuple(r[: room(target, p, max_new_tokens)])) for p, r in zip(ids, references, strict=True)
+        ]
         options = {"do_sample": False}
     mode = "replay" if replay else f"sampled at {temperature}" if temperature else "greedy"
     about = About(
         command=shlex.join(["lookahead", *sys.argv[1:]]),
         model=model if model == "pocket" else Path(model).name,
         prompts=prompts.name,
-        mode=f"{mode}, {config}",
+        mode=f"{mode}, {config} from {sources}" + (f", batches of {batch_size}" if batch_size > 1 else ""),
+        compile=compile,
         device=_device_name(target.device),
         threads=torch.get_num_threads(),
     )
     result = Result(about)
     console = Console(stderr=True)
     try:
-        found = measure(made, ids, options, repeat, replays, seed if temperature else None)
+        made, result.left_out = warm_up(made, jobs, options, seed if temperature else None)
+        found = measure(made, jobs, options, repeat, seed if temperature else None)
         for number, rows in enumerate(found, 1):
             result.rows += rows
             if sys.stderr.isatty():
-                console.print(f"prompt {number}/{len(ids)}", end="\r")
+                console.print(f"{number}/{len(jobs)}", end="\r")
     except KeyboardInterrupt:
-        console.print(f"interrupted: {len({r.prompt for r in result.rows})} of {len(ids)} prompts were measured")
+        console.print(f"interrupted: {len({r.prompt for r in result.rows})} of {len(jobs)} were measured")
     except (TypeError, ValueError) as error:
         raise Problem(first_line(error)) from error
     if not result.rows:
@@ -151,12 +166,12 @@ def run(
         result.plot(plot)
 
 
-def _config(text: str) -> LookaheadConfig:
+def _config(text: str, sources: str) -> LookaheadConfig:
     try:
         w, n, g = (int(part) for part in text.split(","))
-        return LookaheadConfig(w, n, g)
+        return LookaheadConfig(w, n, g, tuple(sources.split(",")))
     except ValueError as error:
-        raise Problem(f"--config takes W,N,G, such as 15,5,15: {error}") from error
+        raise Problem(f"--config takes W,N,G, such as 15,5,15, and --sources names: {error}") from error
 
 
 def _need_matplotlib() -> None:
@@ -167,7 +182,7 @@ def _need_matplotlib() -> None:
 
 
 def _show(result: Result) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
     table = Table("method", "prompts", "tokens/s", "per step", "over best plain", "over hf-greedy", "agrees")
     for line in result.summary():
         ratios = []
@@ -179,6 +194,8 @@ def _show(result: Result) -> None:
         speed = f"{line['tokens_per_second']:.1f}"
         table.add_row(name, str(line["prompts"]), speed, str(length or ""), *ratios, str(line["agrees"]))
     console.print(table)
+    for label, reason in result.left_out.items():
+        console.print(f"{label} does not run here: {reason}")
     if result.best_plain:
         console.print(f"best plain baseline: {result.best_plain}; {result.about.mode}; {result.about.device}")
     for method in result.methods:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from ..config import PLAIN, LookaheadConfig
 from ..hf import LookaheadDecoding, generate
@@ -16,6 +16,8 @@ from .result import Row, distinct_share
 
 METHODS = ("autoregressive", "lookahead", "hf-greedy", "hf-static", "hf-prompt-lookup")
 PLAIN_METHODS = ("autoregressive", "hf-greedy", "hf-static")
+OPTIONAL = ("hf-static", "hf-prompt-lookup")
+"""Methods that do not run for every model, device or batch, and are then left out with the reason."""
 
 
 class Replay(LogitsProcessor):  # type: ignore[misc]
@@ -42,7 +44,7 @@ class Method:
         name: one of METHODS.
         dtype: of the weights, as torch names it.
         device: of the model.
-        run: prompt (1, length) and options of `generate` to the whole text (1, length) and the mean acceptance length.
+        run: prompts (batch, length) and options of `generate` to the whole texts and the mean acceptance length.
     """
 
     name: str
@@ -59,8 +61,13 @@ class Method:
         return self.name in PLAIN_METHODS
 
 
-def make(name: str, dtype: str, model: PreTrainedModel, config: LookaheadConfig) -> Method:
+def make(name: str, dtype: str, model: PreTrainedModel, config: LookaheadConfig, compile: str = "auto") -> Method:
     """A method by its name.
+
+    Args:
+        config: of "lookahead".
+        compile: of our methods, as `Target` takes it; with "full" hf-static is compiled on a CPU as well, which
+            transformers leaves out by default.
 
     Raises:
         ValueError: no such method.
@@ -69,7 +76,7 @@ def make(name: str, dtype: str, model: PreTrainedModel, config: LookaheadConfig)
     def ours(settings: LookaheadConfig) -> Callable[..., tuple[torch.Tensor, float | None]]:
         def run(ids: torch.Tensor, **options: Any) -> tuple[torch.Tensor, float | None]:
             seeds = options.pop("seeds", None)
-            decoding = LookaheadDecoding(settings, seeds=seeds)
+            decoding = LookaheadDecoding(settings, seeds=seeds, compile=compile)
             out = generate(model, ids, lookahead=decoding, **options)
             return out, decoding.stats.mean_acceptance_length
 
@@ -83,11 +90,15 @@ def make(name: str, dtype: str, model: PreTrainedModel, config: LookaheadConfig)
 
         return run
 
+    static: dict[str, Any] = {"cache_implementation": "static"}
+    if compile == "full" and model.device.type == "cpu":
+        static["compile_config"] = CompileConfig(mode="default")
+        static["compile_config"]._compile_all_devices = True
     runs = {
         "autoregressive": ours(PLAIN),
         "lookahead": ours(config),
         "hf-greedy": stock(),
-        "hf-static": stock(cache_implementation="static"),
+        "hf-static": stock(**static),
         "hf-prompt-lookup": stock(prompt_lookup_num_tokens=10),
     }
     if name not in runs:
@@ -95,58 +106,110 @@ def make(name: str, dtype: str, model: PreTrainedModel, config: LookaheadConfig)
     return Method(name, dtype, model.device, runs[name])
 
 
-def measure(
-    methods: Sequence[Method],
-    prompts: Sequence[Sequence[int]],
-    options: dict[str, Any],
-    repeat: int = 1,
-    replays: Sequence[Sequence[int]] | None = None,
-    seed: int | None = None,
-) -> Iterator[list[Row]]:
-    """Run every method on every prompt, taking turns, and give the rows of each prompt as they come.
+@dataclass(frozen=True)
+class Job:
+    """Prompts that every method answers in one call.
 
-    All methods run once on the first prompt before anything is timed, so none starts colder than another.
-
-    Args:
-        methods: what to compare.
-        prompts: token ids of each prompt.
-        options: of `generate`, the same for all.
-        repeat: times each method runs on a prompt.
-        replays: for each prompt the tokens of the reference that follow it; they are forced.
-        seed: when sampling.
+    Attributes:
+        prompts: token ids of each.
+        reference: tokens that are forced to follow, for a single prompt; None lets the model choose.
     """
 
-    def run(method: Method, number: int) -> tuple[list[int], float | None, float]:
-        prompt = list(prompts[number])
-        ids = torch.tensor([prompt], device=method.device)
-        own = dict(options)
-        if seed is not None:
-            own["seeds"] = [seed + number]
-        if replays is not None:
-            text = [*prompt, *replays[number]]
-            own |= {"max_new_tokens": len(replays[number]), "eos_token_id": None}
-            own["logits_processor"] = LogitsProcessorList([Replay(text)])
-        start = time.perf_counter()
-        out, length = method.run(ids, attention_mask=torch.ones_like(ids), **own)
-        tokens = out[0, ids.shape[1] :].tolist()  # waits for a device
-        return tokens, length, time.perf_counter() - start
+    prompts: tuple[tuple[int, ...], ...]
+    reference: tuple[int, ...] | None = None
 
+    def __post_init__(self) -> None:
+        if self.reference is not None and len(self.prompts) > 1:
+            raise ValueError("replay takes one prompt at a time: use a batch size of 1")
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt, reference included."""
+        return max(map(len, self.prompts)) + len(self.reference or ())
+
+
+def answer(method: Method, job: Job, options: dict[str, Any]) -> tuple[list[list[int]], float | None, float]:
+    """The tokens that a method emits for each prompt, its mean acceptance length, and the seconds it took."""
+    longest = max(map(len, job.prompts))
+    pad = options.get("pad_token_id") or 0
+    ids = torch.tensor([[*[pad] * (longest - len(p)), *p] for p in job.prompts], device=method.device)
+    mask = torch.tensor([[*[0] * (longest - len(p)), *[1] * len(p)] for p in job.prompts], device=method.device)
+    own = dict(options)
+    if job.reference is not None:
+        text = [*job.prompts[0], *job.reference]
+        own |= {"max_new_tokens": len(job.reference), "eos_token_id": None}
+        own["logits_processor"] = LogitsProcessorList([Replay(text)])
+    start = time.perf_counter()
+    out, length = method.run(ids, attention_mask=mask, **own)
+    rows = out[:, longest:].tolist()  # waits for a device
+    seconds = time.perf_counter() - start
+    stops = own.get("eos_token_id")
+    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    return [_until(row, stops) for row in rows], length, seconds
+
+
+def _until(row: list[int], stops: Collection[int]) -> list[int]:
+    """A row without the padding behind its end."""
+    end = next((i for i, token in enumerate(row) if token in stops), len(row))
+    return row[: end + 1]
+
+
+def warm_up(
+    methods: Sequence[Method], jobs: Sequence[Job], options: dict[str, Any], seed: int | None = None
+) -> tuple[list[Method], dict[str, str]]:
+    """Let every method answer the longest job once, so that none starts colder than another.
+
+    What is compiled or allocated for a length is so for the longest. The arguments are those of `measure`.
+
+    Returns:
+        The methods that run here, and of the others (stock ones that fail) the reason by name.
+    """
+    kept: list[Method] = []
+    failed: dict[str, str] = {}
+    longest = max(range(len(jobs)), key=lambda number: jobs[number].longest)
     for method in methods:
-        run(method, 0)
-    for number in range(len(prompts)):
+        try:
+            answer(method, jobs[longest], _seeded(options, jobs[longest], seed, longest))
+            kept.append(method)
+        except Exception as error:
+            if method.name not in OPTIONAL:
+                raise
+            failed[method.label] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    return kept, failed
+
+
+def _seeded(options: dict[str, Any], job: Job, seed: int | None, number: int) -> dict[str, Any]:
+    return options if seed is None else options | {"seeds": [seed + number + i for i in range(len(job.prompts))]}
+
+
+def measure(
+    methods: Sequence[Method], jobs: Sequence[Job], options: dict[str, Any], repeat: int = 1, seed: int | None = None
+) -> Iterator[list[Row]]:
+    """Run every method on every job, taking turns, and give the rows of each job as they come.
+
+    Args:
+        methods: what to compare, warmed up.
+        jobs: the prompts.
+        options: of `generate`, the same for all.
+        repeat: times each method runs on a job.
+        seed: when sampling.
+    """
+    for number, job in enumerate(jobs):
+        own = _seeded(options, job, seed, number)
         seconds: dict[str, list[float]] = {m.label: [] for m in methods}
-        outputs: dict[str, tuple[list[int], float | None]] = {}
+        outputs: dict[str, tuple[list[list[int]], float | None]] = {}
         for turn in range(repeat):
             for method in methods if turn % 2 == 0 else list(reversed(methods)):
-                tokens, length, took = run(method, number)
+                texts, length, took = answer(method, job, own)
                 seconds[method.label].append(took)
-                outputs[method.label] = tokens, length
-        first: dict[str, list[int]] = {}
+                outputs[method.label] = texts, length
+        first: dict[str, list[list[int]]] = {}
         rows = []
+        share = round(min(map(distinct_share, outputs[methods[0].label][0])), 3)
         for method in methods:
-            tokens, length = outputs[method.label]
-            wanted = first.setdefault(method.dtype, tokens)
+            texts, length = outputs[method.label]
+            wanted = first.setdefault(method.dtype, texts)
             times = tuple(round(s, 5) for s in seconds[method.label])
-            share = round(distinct_share(outputs[methods[0].label][0]), 3)
-            rows.append(Row(number, method.label, method.plain, len(tokens), times, length, share, tokens == wanted))
+            tokens = sum(map(len, texts))
+            rows.append(Row(number, method.label, method.plain, tokens, times, length, share, texts == wanted))
         yield rows

@@ -27,16 +27,16 @@ def distinct_share(ids: Sequence[int], n: int = 8) -> float:
 
 @dataclass(frozen=True)
 class Row:
-    """One method on one prompt.
+    """One method on one prompt, or on one batch of prompts.
 
     Attributes:
-        prompt: its number in the file, from 0.
+        prompt: its number in the file, from 0, or the batch's.
         method: name, with its dtype behind an `@`.
         plain: whether the method is plain decoding, and so a baseline.
-        tokens: tokens emitted.
+        tokens: tokens emitted, of all sequences.
         seconds: of each repetition, prefill included.
         mean_acceptance_length: tokens per step; None for methods that do not say.
-        distinct_8_grams: share of distinct 8-grams of the text.
+        distinct_8_grams: share of distinct 8-grams of the plain text; of a batch, the smallest.
         agrees: whether the tokens are those of the run's first method of the same dtype.
     """
 
@@ -63,6 +63,7 @@ class About:
     model: str
     prompts: str
     mode: str
+    compile: str
     device: str
     threads: int
     torch: str = torch.__version__
@@ -72,10 +73,15 @@ class About:
 
 @dataclass
 class Result:
-    """All rows of a run, and what follows from them."""
+    """All rows of a run, and what follows from them.
+
+    Attributes:
+        left_out: methods that do not run here, with the reason.
+    """
 
     about: About
     rows: list[Row] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     @property
     def methods(self) -> list[str]:
@@ -137,7 +143,7 @@ class Result:
         """Write everything as JSON."""
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {"about": asdict(self.about), "best_plain": self.best_plain, "summary": self.summary()}
-        content |= {"rows": [asdict(row) for row in self.rows]}
+        content |= {"left_out": self.left_out, "rows": [asdict(row) for row in self.rows]}
         path.write_text(json.dumps(content, indent=1) + "\n")
 
     def plot(self, path: Path) -> None:
