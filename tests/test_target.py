@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import lookahead_decoding as ld
+from conftest import ARCHITECTURES
 from lookahead_decoding import Target, TokenTree, build_tree
 from lookahead_decoding.target import OURS, check_length
 
@@ -65,6 +66,24 @@ def test_sequences_of_a_batch_have_their_own_lengths(tiny: Callable[..., torch.n
     texts = [[*PROMPT, 20, 23, 24, 50], [PROMPT[0], 51], [*PROMPT[:3], 30, 52]]
     for row, text in enumerate(texts):
         assert torch.allclose(step.logits[row, 0], plain_logits(model, text)[-1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_prompt_may_go_in_chunks(
+    name: str, tiny: Callable[..., torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(name)
+    monkeypatch.setattr("lookahead_decoding.target.PREFILL_CHUNK", 5)
+    for lengths in ((11,), (15, 15), (13, 1, 5, 6)):  # chunks of all begin together, or do not
+        prompts = [[3 + (7 * i + n) % 60 for i in range(n)] for n in lengths]
+        target = Target(model, capacity=40, batch=len(prompts))
+        first = target.prefill(prompts)
+        assert target.lengths == [n - 1 for n in lengths]
+        target.commit([[0]] * len(prompts))
+        second = target.forward([build_tree(20)] * len(prompts))
+        for row, prompt in enumerate(prompts):
+            wanted = plain_logits(model, [*prompt, 20])[-2:]
+            assert torch.allclose(torch.stack([first.logits[row, 0], second.logits[row, 0]]), wanted, atol=1e-3)
 
 
 def test_buffers_are_allocated_once(tiny: Callable[..., torch.nn.Module]) -> None:

@@ -35,6 +35,9 @@ STRANGE_WINDOW = re.compile(r"^(?!(use)?_?sliding_window|max_window_layers|chunk
 """Settings that say a layer does not see every position, other than those we read (docs/decisions/0001)."""
 
 COMPILE = ("auto", "off", "graphs", "full")
+PREFILL_CHUNK = 2048
+"""Tokens of a prompt in one forward."""
+
 ROUND = 256
 """Slots that a captured cache is rounded up to, so that requests of similar length share it."""
 
@@ -148,25 +151,33 @@ class Target:
         """Evaluate the prompts behind what is committed, and return the logits after the last token of each.
 
         All but the last token is committed. That one is the step's root and waits for `commit`, as after any forward.
+        Long prompts go in chunks, all of which end with the last tokens, so that memory does not grow with them.
 
         Args:
             prompts: token ids of each sequence, without padding, at least one each.
         """
-        longest = max(map(len, prompts))
-        last = [len(p) - 1 for p in prompts]
-        if any(self.lengths):
-            chains = [TokenTree(tuple(p), tuple(range(-1, len(p) - 1))) for p in prompts]
-            logits = self._forward(chains, longest, sorted(set(last)))
-        else:  # causal attention, as the model has it: padding on the right is never seen
-            ids = np.array([[*p, *[p[-1]] * (longest - len(p))] for p in prompts])
-            positions = np.broadcast_to(np.arange(longest), ids.shape)
-            logits = self._call(ids, positions, {}, sorted(set(last)))
+        chunks = -(-max(map(len, prompts)) // PREFILL_CHUNK)
+        for left in reversed(range(chunks)):
+            ends = [max(0, len(p) - left * PREFILL_CHUNK) for p in prompts]
+            parts = [p[max(0, end - PREFILL_CHUNK) : end] for p, end in zip(prompts, ends, strict=True)]
+            last = [max(0, len(part) - 1) for part in parts]
+            logits = self._prefill(parts, sorted(set(last)))
+            self.cache.commit([range(len(part) if left else n) for part, n in zip(parts, last, strict=True)])
         row = {node: i for i, node in enumerate(sorted(set(last)))}
         logits = torch.stack([logits[b, row[node]] for b, node in enumerate(last)])[:, None]  # (batch, 1, vocab)
-        self.cache.commit([range(n) for n in last])
         if self._compiled:  # the next request has other buffers
             vary(*(b for layer in self.cache.layers for b in (layer.keys, layer.values)), dimensions=(0, 2))
         return StepLogits(logits, (0,))
+
+    def _prefill(self, parts: Sequence[Sequence[int]], keep: list[int]) -> torch.Tensor:
+        """Logits of one chunk; causal attention is the model's own where all sequences are equally far."""
+        nodes = max(map(len, parts))
+        if len(set(self.lengths)) > 1:
+            chains = [TokenTree(tuple(p), tuple(range(-1, len(p) - 1))) if p else None for p in parts]
+            return self._forward(chains, nodes, keep)
+        ids = np.array([[*p, *[0] * (nodes - len(p))] for p in parts])  # padding on the right is never seen
+        positions = np.broadcast_to(np.arange(nodes) + self.lengths[0], ids.shape)
+        return self._call(ids, positions, {}, keep)
 
     def forward(self, trees: Sequence[TokenTree | None]) -> StepLogits:
         """Evaluate one tree per sequence behind its committed tokens; None where the sequence has ended."""
