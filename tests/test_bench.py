@@ -12,7 +12,7 @@ import lookahead_decoding as ld
 from lookahead_decoding import cli
 from lookahead_decoding.bench.methods import METHODS, Job, Replay, make, measure, warm_up
 from lookahead_decoding.bench.result import About, Result, Row, distinct_share
-from lookahead_decoding.bench.step import commit_times, step_times, tree_of
+from lookahead_decoding.bench.step import Limits, cache_bytes, commit_times, limits, step_times, tree_of
 from test_exactness import prompt_of
 
 Tiny = Callable[..., torch.nn.Module]
@@ -125,6 +125,20 @@ def test_step_and_commit_times_are_positive(tiny: Tiny) -> None:
     assert [(t.context, t.rows) for t in times] == [(20, 1), (20, 8), (40, 1), (40, 8)]
     assert all(t.ours > 0 and t.stock > 0 for t in times)
     assert set(commit_times(tiny(), (70, 200), repeats=3)) == {70, 200}
+
+
+def test_the_least_time_of_a_step_is_reading_or_multiplying(tiny: Tiny) -> None:
+    machine = Limits(weight_bytes=1000, bytes_per_s=1e5, operations_per_s=1e6, products=500)
+    assert [machine.milliseconds(n) for n in (1, 10, 20)] == [10.0, 10.0, 20.0]
+    measured = limits(tiny())
+    embedding = tiny().get_input_embeddings().weight.numel()
+    assert measured.weight_bytes == 4 * (sum(p.numel() for p in tiny().parameters()) - embedding)
+    assert measured.bytes_per_s > 0
+    assert measured.operations_per_s > 0
+
+
+def test_keys_and_values_hold_the_capacity_and_no_more(tiny: Tiny) -> None:
+    assert cache_bytes(tiny(), 77) == (2 * 2 * 2 * 77 * 8 * 4,) * 2  # layers, keys and values, heads, slots, size
 
 
 def test_the_command_prints_a_table_and_writes_file_and_picture(

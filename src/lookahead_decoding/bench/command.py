@@ -21,7 +21,7 @@ from ..hf import LookaheadDecoding, generate
 from ..target import COMPILE
 from .methods import METHODS, Job, make, measure, warm_up
 from .result import About, Result
-from .step import commit_times, outside_share, step_times
+from .step import cache_bytes, commit_times, limits, outside_share, step_times
 
 
 class _Default(click.Group):
@@ -214,6 +214,9 @@ def _show(result: Result) -> None:
 @click.option("--rows", default="1,2,4,8,16,32,48,64,96,128", show_default=True)
 @click.option("--contexts", default="256,1024,4096", show_default=True)
 @click.option("--repeat", type=click.IntRange(1), default=15, show_default=True)
+@click.option("--compile", type=click.Choice(COMPILE), default="auto", show_default=True, help="Of our step.")
+@click.option("--config", default="15,5,15", show_default=True, help="W,N,G of the shares.")
+@click.option("--sources", default=",".join(SOURCES), show_default=True)
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--trust-remote-code", is_flag=True)
 def step(
@@ -223,10 +226,14 @@ def step(
     rows: str,
     contexts: str,
     repeat: int,
+    compile: str,
+    config: str,
+    sources: str,
     json_path: Path | None,
     trust_remote_code: bool,
 ) -> None:
     """t(n): the time of a step by its rows, ours and through the model's own attention with a mask."""
+    settings = _config(config, sources)
     target, tokenizer = load(model, dtype, device, trust_remote_code)
     try:
         sizes, lengths = ([int(part) for part in text.split(",")] for text in (rows, contexts))
@@ -234,7 +241,7 @@ def step(
         raise Problem(f"--rows and --contexts take numbers separated by commas: {error}") from error
     times = []
     table = Table("context", "rows", "ms", "t(n)/t(1)", "own attention, ms", "speedup")
-    for one in step_times(target, sizes, lengths, repeat):
+    for one in step_times(target, sizes, lengths, repeat, compile):
         times.append(one)
         first = next(t.ours for t in times if t.context == one.context)
         table.add_row(
@@ -247,35 +254,46 @@ def step(
         )
     console = Console(highlight=False)
     console.print(table)
-    shares, outside = _shares(target, tokenizer)
+    machine = limits(target)
+    shares, outside, by_step = _shares(target, tokenizer, LookaheadDecoding(settings, compile=compile))
     commits = commit_times(target)
+    held, needed = cache_bytes(target)
+    least = ", ".join(f"{machine.milliseconds(n):.2f} ms for {n} rows" for n in sizes)
+    console.print(f"the machine allows at best (weights read, products computed): {least}")
     console.print("share of a step: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
-    console.print(f"outside the forward: {outside:.2f} ms per step")
+    console.print(f"outside the forward: {outside:.2f} ms per step of {by_step:.1f} rows")
     console.print("commit: " + ", ".join(f"{ms:.3f} ms at {length}" for length, ms in commits.items()))
+    console.print(f"keys and values: {held:,} bytes for a capacity that needs {needed:,}")
     if json_path is not None:
         content: dict[str, Any] = {
             "command": shlex.join(["lookahead", *sys.argv[1:]]),
             "model": Path(model).name,
             "parameters": sum(p.numel() for p in target.parameters()),
             "dtype": dtype,
+            "compile": compile,
+            "config": f"{config} from {sources}",
             "device": _device_name(target.device),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "steps": [vars(t) for t in times],
             "shares": shares,
             "outside_forward_ms": outside,
+            "rows_per_step": by_step,
+            "limits": vars(machine) | {"milliseconds": {n: machine.milliseconds(n) for n in sizes}},
+            "cache_bytes": {"held": held, "needed": needed},
             "commit_ms": commits,
         }
         json_path.parent.mkdir(parents=True, exist_ok=True)
         json_path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def _shares(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, float], float]:
-    """Shares of a step at the default settings, and milliseconds outside the forward."""
+def _shares(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: LookaheadDecoding
+) -> tuple[dict[str, float], float, float]:
+    """Shares of a step, milliseconds outside the forward, and rows per step."""
     ids = torch.tensor([tokenizer("def fibonacci(n):\n").input_ids], device=model.device)
-    decoding = LookaheadDecoding()
     for _ in range(2):
         generate(model, ids, max_new_tokens=100, do_sample=False, eos_token_id=None, lookahead=decoding)
-    shares = outside_share(decoding.stats.seconds)
-    others = sum(s for name, s in decoding.stats.seconds.items() if name not in ("prefill", "forward"))
-    return shares, 1e3 * others / decoding.stats.steps
+    stats = decoding.stats
+    others = sum(s for name, s in stats.seconds.items() if name not in ("prefill", "forward"))
+    return outside_share(stats.seconds), 1e3 * others / stats.steps, stats.rows_per_step

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+import torch
 from transformers import PreTrainedModel
 
 from ..target import Target
@@ -48,16 +49,67 @@ def seconds(runs: Sequence[Callable[[], object]], repeats: int) -> list[float]:
     return [median(times) for times in taken]
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What the machine allows: no step is faster than its weights are read, or its products computed.
+
+    Attributes:
+        weight_bytes: of all weights that a step reads; the embedding, of which it looks up a few rows, is left out.
+        bytes_per_s: read by a sum over 512 MiB.
+        operations_per_s: of a product of two matrices of 2,048 x 2,048 in the model's dtype, two per multiply-add.
+        products: multiply-adds of a row, attention left out.
+    """
+
+    weight_bytes: int
+    bytes_per_s: float
+    operations_per_s: float
+    products: int
+
+    def milliseconds(self, rows: int) -> float:
+        """The least that a forward of so many rows can take."""
+        read = self.weight_bytes / self.bytes_per_s
+        return 1e3 * max(read, 2 * rows * self.products / self.operations_per_s)
+
+
+def limits(model: PreTrainedModel) -> Limits:
+    """Measure the machine for a model."""
+    looked_up = {id(model.get_input_embeddings().weight)} - {id(getattr(model.get_output_embeddings(), "weight", None))}
+    weights = [p for p in model.parameters() if id(p) not in looked_up]
+    memory = torch.ones(1 << 27, device=model.device)
+    square = torch.randn(2048, 2048, device=model.device).to(model.dtype)
+    read, product = seconds([lambda: memory.sum().item(), lambda: (square @ square)[0, 0].item()], 7)
+    return Limits(
+        weight_bytes=sum(p.numel() * p.element_size() for p in weights),
+        bytes_per_s=memory.nbytes / read,
+        operations_per_s=2 * 2048**3 / product,
+        products=sum(p.numel() for p in weights if p.ndim > 1),
+    )
+
+
+def cache_bytes(model: PreTrainedModel, capacity: int = 300) -> tuple[int, int]:
+    """Bytes that the keys and values of a request hold, and those that its capacity in tokens needs."""
+    target = Target(model, capacity)
+    target.prefill([[7, 7]])
+    needed = sum(b[:, :, :1].nbytes for layer in target.cache.layers for b in (layer.keys, layer.values))
+    return sum(stack.nbytes for stack in target.cache.slots.stacks), needed * capacity
+
+
 def step_times(
-    model: PreTrainedModel, rows: Sequence[int] = ROWS, contexts: Sequence[int] = CONTEXTS, repeats: int = 15
+    model: PreTrainedModel,
+    rows: Sequence[int] = ROWS,
+    contexts: Sequence[int] = CONTEXTS,
+    repeats: int = 15,
+    compile: str = "auto",
 ) -> Iterator[StepTime]:
     """t(n): the time of a step by rows, at several contexts.
 
     Args:
         contexts: committed tokens; they may pass the model's trained context, which does not matter for time.
+        compile: of our step, as `Target` takes it.
     """
     for context in contexts:
-        targets = [Target(model, context + max(rows)), Target.with_attention(model, context + max(rows))]
+        capacity = context + max(rows)
+        targets = [Target(model, capacity, compile=compile), Target.with_attention(model, capacity)]
         for target in targets:
             for first in range(0, context, 512):
                 target.prefill([[7] * min(512, context - first)])
