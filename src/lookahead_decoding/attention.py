@@ -69,8 +69,8 @@ def dense_mask(rows: np.ndarray, dtype: torch.dtype, groups: int = 1) -> torch.T
             position = np.arange(slots)
             position[length : length + nodes] = length + row[:, DEPTH]
             hidden[b] |= (length + row[:, DEPTH])[:, None] - position >= window
-    mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(torch.from_numpy(hidden), torch.finfo(dtype).min)
-    return mask.repeat(1, groups, 1)[:, None]
+    folded = torch.from_numpy(np.tile(hidden, (1, groups, 1))[:, None])
+    return torch.zeros(folded.shape, dtype=dtype).masked_fill_(folded, torch.finfo(dtype).min)
 
 
 def reference(
