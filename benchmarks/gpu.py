@@ -26,7 +26,9 @@ from transformers import AutoTokenizer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import lookahead_decoding as ld
 from benchmarks.enlarge import enlarged_pocket
+from benchmarks.flex import block_mask, flex
 from lookahead_decoding import TokenTree, build_tree
+from lookahead_decoding.attention import encode_rows
 from lookahead_decoding.bench.result import distinct_share
 from lookahead_decoding.graphs import padded
 
@@ -64,6 +66,30 @@ def tree_of(nodes: int) -> TokenTree:
 
 def _step(target: ld.Target, tree: TokenTree) -> None:
     target.forward([tree]).argmax()
+
+
+def attention_times(config: Any, context: int, sizes: list[int]) -> list[dict[str, Any]]:
+    """One layer's attention by our kernel and by compiled FlexAttention, and how far they differ."""
+    from lookahead_decoding.kernels import tree_attention
+
+    heads, key_heads = config.num_attention_heads, config.num_key_value_heads
+    second = torch.compile(flex, dynamic=False)
+    found = []
+    for nodes in sizes:
+        slots = context + nodes
+        query = torch.randn(1, heads, nodes, config.head_dim, device="cuda", dtype=torch.bfloat16)
+        key, value = (
+            torch.randn(1, key_heads, slots, config.head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(2)
+        )
+        rows = torch.from_numpy(encode_rows([tree_of(nodes)], [context], nodes)).cuda()
+        mask = block_mask(rows, slots)
+        ours = functools.partial(tree_attention, query, key, value, rows, 0.1, 0.0, None)
+        other = functools.partial(second, query, key, value, mask, 0.1)
+        row = {"rows": nodes, "kernel_ms": milliseconds(ours), "flex_ms": milliseconds(other)}
+        row["largest_difference"] = float((ours() - other()).abs().max())
+        found.append(row)
+        print(row, flush=True)
+    return found
 
 
 def step_times(model: Any, context: int, sizes: list[int], mode: str) -> list[dict[str, Any]]:
@@ -163,7 +189,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=12)
     parser.add_argument("--length", type=int, default=384)
     parser.add_argument("--config", default="15,5,15")
-    parser.add_argument("--parts", default="step,generation")
+    parser.add_argument("--parts", default="attention,step,generation")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -185,6 +211,9 @@ def main() -> None:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     weights -= model.model.embed_tokens.weight.numel() * 2  # looked up, not read
     print(f"{weights / 1e9:.2f} GB of weights", flush=True)
+    if "attention" in args.parts:
+        sizes = [int(n) for n in args.rows.split(",")]
+        write("attention", {"context": args.context, "rows": attention_times(model.config, args.context, sizes)})
     if "step" in args.parts:
         speed = bandwidth()
         floor = weights / speed * 1e3

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.flex import block_mask, flex
 
 from lookahead_decoding import TokenTree, build_tree
 from lookahead_decoding.attention import dense_mask, encode_rows, folded, reference
@@ -83,6 +89,20 @@ def test_heads_folded_into_rows(
     wanted = reference(query, key, value, dense_mask(rows, torch.float32).to(DEVICE), 0.2)
     ours = folded(query, key, value, dense_mask(rows, torch.float32, heads // key_heads).to(DEVICE), 0.2)
     assert torch.allclose(ours, wanted, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(("nodes", "lengths", "heads", "key_heads", "size"), CASES)
+@pytest.mark.parametrize(("window", "softcap"), [(None, 0.0), (9, 2.0)])
+def test_flex_attention_agrees_with_the_reference(
+    nodes: int, lengths: list[int], heads: int, key_heads: int, size: int, window: int | None, softcap: float
+) -> None:
+    query, key, value, rows = inputs(nodes, lengths, heads, key_heads, size, torch.float32, window)
+    slots = max(lengths) + nodes
+    key, value = key[:, :, :slots], value[:, :, :slots]
+    wanted = reference(query, key, value, dense_mask(rows, torch.float32).to(DEVICE), 0.2, softcap)
+    other = flex(query, key, value, block_mask(torch.from_numpy(rows).to(DEVICE), slots), 0.2, softcap)
+    assert torch.allclose(other, wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize(("nodes", "lengths", "heads", "key_heads", "size"), CASES)

@@ -26,6 +26,7 @@ from .cli_common import Problem, encode, first_line, load, read_prompts, room, s
 from .config import PLAIN, SOURCES, LookaheadConfig
 from .exactness import compare
 from .hf import LookaheadDecoding, Run, call_generate, context_of
+from .target import COMPILE
 from .text import Detokenizer, decode_text, stream
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -120,6 +121,13 @@ def _lookahead_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("-N", "--ngram-size", default=default.ngram_size, show_default=True),
         click.option("-G", "--verification-set-size", default=default.verification_set_size, show_default=True),
         click.option("--sources", default=",".join(SOURCES), show_default=True, help="Separated by commas."),
+        click.option(
+            "--compile",
+            type=click.Choice(COMPILE),
+            default="auto",
+            show_default=True,
+            help="How a step runs; full compiles it, which takes minutes on a CPU.",
+        ),
     ):
         command = option(command)
     return command
@@ -193,6 +201,7 @@ def generate(
     ngram_size: int,
     verification_set_size: int,
     sources: str,
+    compile: str,
     plain: bool,
     as_json: bool,
 ) -> None:
@@ -223,7 +232,7 @@ def generate(
         first = 0
         for batch, length in batches(target, encoded, batch_size, max_new_tokens):
             seeds = [seed + first + i for i in range(len(batch))]
-            decoding = LookaheadDecoding(config, tokenizer=tokenizer, seeds=seeds)
+            decoding = LookaheadDecoding(config, tokenizer=tokenizer, seeds=seeds, compile=compile)
             printer = _Printer(tokenizer, enabled=not as_json and len(encoded) == 1)
             try:
                 answers = answer(
@@ -279,6 +288,7 @@ def chat(
     ngram_size: int,
     verification_set_size: int,
     sources: str,
+    compile: str,
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, Ctrl-D or an empty line ends the talk.
 
@@ -303,7 +313,9 @@ def chat(
         said = ""
         try:
             options = sampling(temperature, top_k, top_p)
-            for step in stream(target, tokenizer, ids, lookahead=config, seed=seed, max_new_tokens=length, **options):
+            for step in stream(
+                target, tokenizer, ids, lookahead=config, seed=seed, compile=compile, max_new_tokens=length, **options
+            ):
                 said += step.text
                 print(step.text, end="", flush=True)
         except KeyboardInterrupt:
@@ -352,6 +364,7 @@ def verify(
     ngram_size: int,
     verification_set_size: int,
     sources: str,
+    compile: str,
 ) -> None:
     """Compare with plain decoding, token by token, prompt by prompt.
 
@@ -366,7 +379,7 @@ def verify(
     console = Console(stderr=True)
     for i, ids in enumerate(track(encoded, "verifying", console=console, disable=not sys.stderr.isatty()), 1):
         options = sampling(temperature, top_k, top_p) | {"max_new_tokens": room(target, ids, max_new_tokens)}
-        decoding = LookaheadDecoding(config)
+        decoding = LookaheadDecoding(config, compile=compile)
         try:
             found = compare(target, torch.tensor([ids], device=target.device), decoding, seed + i - 1, **options)
         except (TypeError, ValueError) as error:
@@ -386,7 +399,9 @@ def verify(
 @cli.command()
 @click.option("--max-new-tokens", type=click.IntRange(1), default=120, show_default=True)
 @_lookahead_options
-def demo(max_new_tokens: int, window_size: int, ngram_size: int, verification_set_size: int, sources: str) -> None:
+def demo(
+    max_new_tokens: int, window_size: int, ngram_size: int, verification_set_size: int, sources: str, compile: str
+) -> None:
     """Watch pocket write Python, plain and with lookahead decoding, in float32 on the CPU.
 
     Exit code 1 if the two texts differ.
@@ -398,7 +413,9 @@ def demo(max_new_tokens: int, window_size: int, ngram_size: int, verification_se
     prompts = [tokenizer(p).input_ids for p in DEMO_PROMPTS]
     options = {"do_sample": False, "max_new_tokens": max_new_tokens}
     for warm in (PLAIN, config):
-        answer(model, tokenizer, prompts[:1], LookaheadDecoding(warm), {**options, "max_new_tokens": 16})
+        answer(
+            model, tokenizer, prompts[:1], LookaheadDecoding(warm, compile=compile), {**options, "max_new_tokens": 16}
+        )
     totals = {"plain": [0, 0, 0.0], "lookahead": [0, 0, 0.0]}
     identical = True
     for prompt, ids in zip(DEMO_PROMPTS, prompts, strict=True):
@@ -406,7 +423,9 @@ def demo(max_new_tokens: int, window_size: int, ngram_size: int, verification_se
         for name, settings in (("plain", PLAIN), ("lookahead", config)):
             painter = _Painter(console, tokenizer, name)
             painter.begin(prompt)
-            (one,) = answer(model, tokenizer, [ids], LookaheadDecoding(settings), options, painter.step)
+            (one,) = answer(
+                model, tokenizer, [ids], LookaheadDecoding(settings, compile=compile), options, painter.step
+            )
             painter.end()
             outputs.append(one.output_ids)
             totals[name][0] += one.tokens

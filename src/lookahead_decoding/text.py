@@ -68,6 +68,7 @@ def stream(
     lookahead: LookaheadConfig | None = None,
     seed: int | None = None,
     propose: Propose | None = None,
+    compile: str = "auto",
     **kwargs: Any,
 ) -> Iterator[StreamStep]:
     """Generate from one prompt, a step at a time.
@@ -81,6 +82,7 @@ def stream(
         lookahead: W, N, G and the sources.
         seed: for sampling; torch's own generator is used if left out.
         propose: a further source of candidates (see `LookaheadDecoding`).
+        compile: how a step runs (see `Target`).
         kwargs: what `model.generate` takes, such as `max_new_tokens`, `do_sample` or `stop_strings`.
 
     Returns:
@@ -108,7 +110,7 @@ def stream(
     if not ids:
         raise ValueError("the prompt is empty: give at least one token")
     decoding = LookaheadDecoding(
-        lookahead, tokenizer=tokenizer, seeds=None if seed is None else [seed], propose=propose
+        lookahead, tokenizer=tokenizer, seeds=None if seed is None else [seed], propose=propose, compile=compile
     )
     input_ids = torch.tensor([ids], device=model.device)
     run: Run = call_generate(
