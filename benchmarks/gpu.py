@@ -110,20 +110,21 @@ def step_times(model: Any, context: int, sizes: list[int], mode: str) -> list[di
         step = room.graphs._steps[1, padded(nodes)]
         captured = milliseconds(step.graph.replay) if step.graph else None
         rows.append({"rows": nodes, "ms": whole, "captured_ms": captured, "first_use_s": round(first, 1)})
+        rows[-1]["captured_bytes"] = room.graphs.captured[1, padded(nodes)]
         print(mode, rows[-1], flush=True)
         del target
     return rows
 
 
 def generation(
-    model: Any, tokenizer: Any, prompts: list[str], length: int, config: ld.LookaheadConfig
+    model: Any, tokenizer: Any, prompts: list[str], length: int, config: ld.LookaheadConfig, mode: str
 ) -> dict[str, Any]:
     """Tokens per second of every method, prompt by prompt, methods taking turns; warmed up on the first prompt."""
     stats: list[ld.Stats] = []
 
     def ours(settings: ld.LookaheadConfig) -> Callable[..., Any]:
         def run(ids: torch.Tensor, **options: Any) -> Any:
-            decoding = ld.LookaheadDecoding(settings)
+            decoding = ld.LookaheadDecoding(settings, compile=mode)
             out = ld.generate(model, ids, lookahead=decoding, **options)
             stats.append(decoding.stats)
             return out
@@ -239,7 +240,7 @@ def main() -> None:
         humaneval = args.data / "data" / "humaneval" / "HumanEval.jsonl"
         prompts = [json.loads(line)["prompt"] for line in humaneval.read_text().splitlines()[: args.limit]]
         w, n, g = map(int, args.config.split(","))
-        result = generation(model, tokenizer, prompts, args.length, ld.LookaheadConfig(w, n, g))
+        result = generation(model, tokenizer, prompts, args.length, ld.LookaheadConfig(w, n, g), args.mode)
         write(f"generation-{args.size}", {"config": args.config, "length": args.length} | result)
         print(result["summary_of_not_looping"], flush=True)
 

@@ -115,6 +115,12 @@ def test_batches_count_tokens_up_to_each_end(tiny: Tiny) -> None:
         Job(((1,), (2,)), (3,))
 
 
+def test_a_batch_of_short_answers_is_short() -> None:
+    result = Result(ABOUT)
+    result.rows = [Row(0, "hf-greedy@x", True, 8 * 5, (1.0,), None, 1.0, True, sequences=8)]
+    assert result.of("hf-greedy@x") == []
+
+
 def test_a_tree_of_every_size() -> None:
     for rows in (1, 2, 7, 8, 33, 64, 128):
         assert len(tree_of(rows)) == rows

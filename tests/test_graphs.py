@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 import lookahead_decoding as ld
+import lookahead_decoding.target as target_module
 from conftest import Accepted, right_and_wrong
 from lookahead_decoding.graphs import Compiled, padded
 from test_exactness import CONFIGS, GREEDY, SAMPLED, WINDOW_ALONE, batch_of, prompt_of
@@ -16,9 +17,22 @@ from test_exactness import CONFIGS, GREEDY, SAMPLED, WINDOW_ALONE, batch_of, pro
 Tiny = Callable[..., torch.nn.Module]
 
 
+def graphs() -> int:
+    """Graphs compiled so far."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+@pytest.fixture(autouse=True)
+def _compiler_that_works() -> Iterator[None]:
+    torch.compiler.reset()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the step could not be compiled")
+        yield
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_compiled_steps_are_exact(name: str, tiny: Tiny, accepted: Accepted) -> None:
-    model, ids = tiny(name), prompt_of(6)
+    model, ids, before = tiny(name), prompt_of(6), graphs()
     for mode in (GREEDY, SAMPLED):
         options = {"max_new_tokens": 60, "eos_token_id": None, **mode}
         torch.manual_seed(1)
@@ -27,44 +41,52 @@ def test_compiled_steps_are_exact(name: str, tiny: Tiny, accepted: Accepted) -> 
             propose = right_and_wrong(plain) if config is WINDOW_ALONE else None
             decoding = ld.LookaheadDecoding(config, propose=propose, compile="full")
             torch.manual_seed(1)
-            with warnings.catch_warnings():
-                warnings.filterwarnings("error", message="the step could not be compiled")
-                assert ld.generate(model, ids, lookahead=decoding, **options)[0].tolist() == plain
+            assert ld.generate(model, ids, lookahead=decoding, **options)[0].tolist() == plain
+    assert graphs() == before + 2  # one of a single row and one of any number
     assert accepted.kinds == {"full", "partial", "none"}
 
 
 def test_a_compiled_batch_is_exact(tiny: Tiny) -> None:
     ids, mask = batch_of((9, 1, 5))
+    before = graphs()
     options = {"max_new_tokens": 40, "pad_token_id": 0, "attention_mask": mask, **GREEDY}
-    plain = tiny().generate(ids, **options)
+    stop = tiny().generate(ids, eos_token_id=None, **options)[0, 14].item()  # ends the first sequence early
+    plain = tiny().generate(ids, eos_token_id=stop, **options)
+    assert 0 in plain[0, 15:]
     decoding = ld.LookaheadDecoding(CONFIGS["4/3/3"], compile="full")
-    assert ld.generate(tiny(), ids, lookahead=decoding, **options).tolist() == plain.tolist()
+    assert ld.generate(tiny(), ids, eos_token_id=stop, lookahead=decoding, **options).tolist() == plain.tolist()
+    assert graphs() > before
 
 
-def test_other_lengths_and_widths_do_not_compile_again(tiny: Tiny) -> None:
-    model = tiny()
-    for length, new, config in ((5, 20, "4/3/3"), (30, 50, "15/5/15"), (60, 30, "text only")):
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_other_lengths_and_widths_do_not_compile_again(name: str, tiny: Tiny) -> None:
+    model, counts = tiny(name), [graphs()]
+    first = [(5, 20, "plain"), (5, 20, "4/3/3")]
+    for length, new, config in [*first, (30, 50, "15/5/15"), (60, 30, "text only"), (9, 60, "4/3/3")]:
         decoding = ld.LookaheadDecoding(CONFIGS[config], compile="full")
-        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         ld.generate(model, prompt_of(length), max_new_tokens=new, eos_token_id=None, lookahead=decoding, **GREEDY)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+        counts.append(graphs())
+    assert counts == [counts[0] + n for n in (0, 1, 2, 2, 2, 2)]
 
 
 def test_packed_weights_follow_the_model(tiny: Tiny) -> None:
-    model = tiny(dtype=torch.bfloat16, hidden_size=64)
     ids = prompt_of(6)
 
-    def logits(compile: str) -> torch.Tensor:
+    def logits(model: torch.nn.Module, compile: str) -> torch.Tensor:
         target = ld.Target(model, 40, compile=compile)
         target.prefill([ids[0].tolist()])
         target.commit([[0]])
         return target.forward([ld.build_tree(5, candidates=[(6, 7)])]).logits.float()
 
-    for _ in range(2):
-        plain, compiled = logits("off"), logits("full")
+    first = tiny(dtype=torch.bfloat16, hidden_size=64)
+    other = tiny(dtype=torch.bfloat16, hidden_size=64, initializer_range=0.4)  # of the same shapes
+    for model in (first, other, first):
+        plain, compiled = logits(model, "off"), logits(model, "full")
         assert (compiled - plain).norm() / plain.norm() < 0.02
-        with torch.no_grad():
-            model.lm_head.weight.neg_()
+        assert not torch.equal(compiled, plain)  # other products, so the packed ones did run
+    with torch.no_grad():
+        first.lm_head.weight.neg_()
+    assert (logits(first, "full") + compiled).norm() / compiled.norm() < 0.02
 
 
 def test_a_compiler_that_fails_costs_one_warning(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,14 +100,15 @@ def test_a_compiler_that_fails_costs_one_warning(tiny: Tiny, monkeypatch: pytest
     double = Compiled(lambda x: 2 * x)
     with pytest.warns(UserWarning, match="could not be compiled and runs uncompiled: no compiler here$"):
         assert double(torch.tensor(2)) == 4
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert double(torch.tensor(3)) == 6
+    assert double(torch.tensor(3)) == 6  # a second warning would be an error here
 
 
 def test_what_cannot_be_compiled_says_so(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lookahead_decoding.target.kernel_found", lambda: False)
-    with pytest.warns(UserWarning, match="compile='graphs' is left out: Triton"):
+    with pytest.raises(ValueError, match=r"compile='graphs' cannot be: Triton.*Leave it out"):
+        ld.Target(tiny(), 20, compile="graphs")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="captured on a GPU only"):
         ld.Target(tiny(), 20, compile="graphs")
     with pytest.raises(ValueError, match="compile must be one of"):
         ld.Target(tiny(), 20, compile="fast")
@@ -93,6 +116,18 @@ def test_what_cannot_be_compiled_says_so(tiny: Tiny, monkeypatch: pytest.MonkeyP
 
 def test_rows_are_padded_to_a_few_sizes() -> None:
     assert [padded(n) for n in (1, 2, 8, 9, 128, 256, 257, 600)] == [1, 8, 8, 32, 128, 256, 512, 768]
+
+
+def test_captured_caches_do_not_pile_up(tiny: Tiny) -> None:
+    pytest.importorskip("triton")
+    model = tiny(hidden_size=64)
+    for capacity in (20, 600, 1200):
+        ld.Target(model, capacity, compile="graphs")
+    kept = target_module._known[model].free
+    assert [room.cache.slots.capacity for room in kept] == [1536]
+    for batch in range(2, 9):
+        ld.Target(model, 20, batch, compile="graphs")
+    assert [len(room.cache.lengths) for room in kept] == [5, 6, 7, 8]
 
 
 def test_steps_of_fixed_shape(tiny: Tiny) -> None:

@@ -55,6 +55,11 @@ class Slots:
     def longest(self) -> int:
         return max(self.lengths)
 
+    @property
+    def level(self) -> bool:
+        """Whether all sequences are equally long."""
+        return self.lengths.count(self.lengths[0]) == len(self.lengths)
+
 
 class TreeCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not typed
     """One layer's keys and values, (batch, key heads, capacity, head size) each."""
@@ -85,10 +90,14 @@ class TreeCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is 
             self.values[sequence, :, self.slots.index] = value_states.transpose(1, 2)
             return self.keys, self.values
         rows = key_states.shape[2]
+        end = self.slots.longest + rows
+        if self.slots.level:
+            self.keys[:, :, end - rows : end] = key_states
+            self.values[:, :, end - rows : end] = value_states
+            return self.keys[:, :, :end], self.values[:, :, :end]
         for b, length in enumerate(self.slots.lengths):
             self.keys[b, :, length : length + rows] = key_states[b]
             self.values[b, :, length : length + rows] = value_states[b]
-        end = self.slots.longest + rows
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from . import __version__
 from .bench.command import bench
-from .cli_common import Problem, encode, first_line, load, read_prompts, room, sampling
+from .cli_common import Problem, config_of, encode, first_line, load, read_prompts, room, sampling
 from .config import PLAIN, SOURCES, LookaheadConfig
 from .exactness import compare
 from .hf import LookaheadDecoding, Run, call_generate, context_of
@@ -149,14 +149,6 @@ def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
     ):
         command = option(command)
     return command
-
-
-def config_of(window_size: int, ngram_size: int, verification_set_size: int, sources: str) -> LookaheadConfig:
-    names = tuple(name.strip() for name in sources.split(",") if name.strip())
-    try:
-        return LookaheadConfig(window_size, ngram_size, verification_set_size, names)
-    except (TypeError, ValueError) as error:
-        raise Problem(str(error)) from error
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import pocket_path
+from .config import LookaheadConfig
 from .hf import context_of
 from .target import probe
 
@@ -99,3 +100,12 @@ def sampling(temperature: float, top_k: int | None = None, top_p: float | None =
         return {"do_sample": False}
     options: dict[str, Any] = {"do_sample": True, "temperature": temperature}
     return options | {k: v for k, v in (("top_k", top_k), ("top_p", top_p)) if v is not None}
+
+
+def config_of(window_size: int, ngram_size: int, verification_set_size: int, sources: str) -> LookaheadConfig:
+    """Settings from the options of a command."""
+    names = tuple(name.strip() for name in sources.split(",") if name.strip())
+    try:
+        return LookaheadConfig(window_size, ngram_size, verification_set_size, names)
+    except (TypeError, ValueError) as error:
+        raise Problem(str(error)) from error

@@ -34,8 +34,12 @@ PACKED = {
 """Inductor's settings that lay the weights out for a CPU's matrix units: they hold a second copy of the weights."""
 
 
+GRAPHS = 64
+"""Graphs of one step that torch.compile may hold: models, dtypes, and one sequence or several, have one each."""
+
+
 class Compiled:
-    """A function compiled with torch.compile; where the compiler fails it runs as it is, after one warning.
+    """A function compiled with torch.compile; if it ever fails it runs as it is from then on, after one warning.
 
     Args:
         function: what to compile.
@@ -54,8 +58,10 @@ class Compiled:
 
     def __call__(self, *args: Any) -> torch.Tensor:
         if self._compiled is not None:
-            try:  # a new shape compiles again, so the settings hold for every call
-                with torch._inductor.config.patch(self._options) if self._options else nullcontext():
+            try:  # any call may compile, so the settings hold for all
+                limit = torch._dynamo.config.patch(recompile_limit=GRAPHS, fail_on_recompile_limit_hit=True)
+                options = torch._inductor.config.patch(self._options) if self._options else nullcontext()
+                with limit, options:
                     return self._compiled(*args)
             except Exception as error:  # whatever a compiler fails with, the function itself may still run
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+import os
 import re
 import warnings
 import weakref
@@ -35,11 +36,16 @@ STRANGE_WINDOW = re.compile(r"^(?!(use)?_?sliding_window|max_window_layers|chunk
 """Settings that say a layer does not see every position, other than those we read (docs/decisions/0001)."""
 
 COMPILE = ("auto", "off", "graphs", "full")
+"""How a step may run (see `Target`)."""
 PREFILL_CHUNK = 2048
 """Tokens of a prompt in one forward."""
 
 ROUND = 256
 """Slots that a captured cache is rounded up to, so that requests of similar length share it."""
+
+
+KEPT = 4
+"""Captured caches that wait for a request, of one model: each holds its keys and values and its graphs."""
 
 
 class _Known:
@@ -89,23 +95,27 @@ class Target:
         batch: sequences.
         compile: how a step runs. "off": as the model is. "graphs": padded to fixed shapes and, on a GPU, captured once
             per size. "full": compiled with torch.compile, and captured too on a GPU; a CPU takes minutes for it, and in
-            bfloat16 holds a second copy of the weights, laid out for its matrix units. "auto": "full" on a GPU, "off"
-            elsewhere. What a model cannot do is left out with a warning.
+            bfloat16 holds a second copy of the weights, laid out for its matrix units, which follows changes of them
+            but not those made through `.data`. "auto": "full" on a GPU, or "off" with a warning if that cannot be, and
+            "off" elsewhere.
 
     Raises:
-        ValueError: the model cannot take a token tree; the message says why.
+        ValueError: the model cannot take a token tree, or its step cannot be compiled as asked; the message says why.
     """
 
     def __init__(self, model: PreTrainedModel, capacity: int, batch: int = 1, compile: str = "auto") -> None:
         if compile not in COMPILE:
             raise ValueError(f"compile must be one of {', '.join(COMPILE)}, got {compile!r}")
         attention = probe(model)
+        wanted = compile
         if compile == "auto":
-            compile = "full" if model.device.type == "cuda" else "off"
-        reason = _not_ready(model, attention, compile)
+            wanted = "full" if model.device.type == "cuda" else "off"
+        reason = _not_ready(model, attention, wanted)
+        if reason and compile != "auto":
+            raise ValueError(f"compile={compile!r} cannot be: {reason}. Leave it out")
         if reason:
-            warnings.warn(f"compile={compile!r} is left out: {reason}", stacklevel=2)
-        self._start(model, capacity, batch, attention, "off" if reason else compile)
+            warnings.warn(f"steps run uncompiled: {reason}", stacklevel=2)
+        self._start(model, capacity, batch, attention, "off" if reason else wanted)
 
     @classmethod
     def with_attention(cls, model: PreTrainedModel, capacity: int, attention: str | None = None) -> Target:
@@ -129,7 +139,7 @@ class Target:
             self._room = _room(model, self.config, capacity + ROUND, batch, compile)
             self.cache = self._room.cache
             self.cache.slots.lengths[:] = [0] * batch
-            weakref.finalize(self, _known[model].free.append, self._room)
+            weakref.finalize(self, _keep, _known[model].free, self._room)
         self._keep_index = "logits_to_keep" in parameters_of(model)
         self._kinds = mask_kinds(self.config)
         self._dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
@@ -151,7 +161,7 @@ class Target:
         """Evaluate the prompts behind what is committed, and return the logits after the last token of each.
 
         All but the last token is committed. That one is the step's root and waits for `commit`, as after any forward.
-        Long prompts go in chunks, all of which end with the last tokens, so that memory does not grow with them.
+        Long prompts go in chunks, which are counted from the end: the last one holds the last token of each.
 
         Args:
             prompts: token ids of each sequence, without padding, at least one each.
@@ -170,11 +180,15 @@ class Target:
         return StepLogits(logits, (0,))
 
     def _prefill(self, parts: Sequence[Sequence[int]], keep: list[int]) -> torch.Tensor:
-        """Logits of one chunk; causal attention is the model's own where all sequences are equally far."""
+        """Logits of the rows in `keep`, by the model's own attention where all sequences are equally far."""
+        if self.cache.slots.level:
+            return self._causal(parts, keep)
+        chains = [TokenTree(tuple(p), tuple(range(-1, len(p) - 1))) if p else None for p in parts]
+        return self._forward(chains, max(map(len, parts)), keep, None)
+
+    def _causal(self, parts: Sequence[Sequence[int]], keep: list[int]) -> torch.Tensor:
+        """Logits of tokens in a row, by the model's own attention; all sequences are equally far."""
         nodes = max(map(len, parts))
-        if len(set(self.lengths)) > 1:
-            chains = [TokenTree(tuple(p), tuple(range(-1, len(p) - 1))) if p else None for p in parts]
-            return self._forward(chains, nodes, keep)
         ids = np.array([[*p, *[0] * (nodes - len(p))] for p in parts])  # padding on the right is never seen
         positions = np.broadcast_to(np.arange(nodes) + self.lengths[0], ids.shape)
         return self._call(ids, positions, {}, keep)
@@ -183,8 +197,11 @@ class Target:
         """Evaluate one tree per sequence behind its committed tokens; None where the sequence has ended."""
         keep = sorted({node for tree in trees if tree is not None for node in tree.scored})
         nodes = max(len(t) for t in trees if t is not None)
+        if nodes == 1 and self.cache.slots.level and self._room is None and self._compiled is None:
+            roots = [tree.tokens if tree is not None else () for tree in trees]
+            return StepLogits(self._causal(roots, keep), tuple(keep))
         if self._room is None:
-            return StepLogits(self._forward(trees, nodes, keep), tuple(keep))
+            return StepLogits(self._forward(trees, nodes, keep, self._compiled), tuple(keep))
         ids, positions = self._inputs(trees, padded(nodes))
         rows = [encode_rows(trees, self.lengths, padded(nodes), window) for window in self._kinds.values()]
         with self._our_attention(), torch.no_grad():
@@ -209,11 +226,13 @@ class Target:
                 positions[b, : len(tree)] += tree.depths
         return ids, positions
 
-    def _forward(self, trees: Sequence[TokenTree | None], nodes: int, keep: list[int]) -> torch.Tensor:
+    def _forward(
+        self, trees: Sequence[TokenTree | None], nodes: int, keep: list[int], compiled: Compiled | None
+    ) -> torch.Tensor:
         ids, positions = self._inputs(trees, nodes)
         masks = {kind: self._mask(trees, nodes, window) for kind, window in self._kinds.items()}
         with self._our_attention():
-            return self._call(ids, positions, masks, keep)
+            return self._call(ids, positions, masks, keep, compiled)
 
     def _mask(self, trees: Sequence[TokenTree | None], nodes: int, sliding_window: int | None) -> torch.Tensor:
         rows = encode_rows(trees, self.lengths, nodes, sliding_window)
@@ -231,18 +250,22 @@ class Target:
             self.config._attn_implementation = before
 
     @torch.no_grad()
-    def _call(self, ids: np.ndarray, positions: np.ndarray, masks: Masks, keep: list[int]) -> torch.Tensor:
+    def _call(
+        self, ids: np.ndarray, positions: np.ndarray, masks: Masks, keep: list[int], compiled: Compiled | None = None
+    ) -> torch.Tensor:
         """Logits of the rows in `keep`, (batch, len(keep), vocab)."""
         device = self.model.device
         tensors = torch.from_numpy(ids).to(device), torch.tensor(positions).to(device)
         if not self._keep_index:
             return _evaluate(self.model, self.cache, *tensors, masks)[:, keep]
         kept = torch.tensor(keep)
-        if self._compiled is None or not masks:
+        if compiled is None:
             return _evaluate(self.model, self.cache, *tensors, masks, kept)
+        if len(keep) == 1 < ids.shape[1]:  # a size of 1 would compile anew
+            kept = kept.repeat(2)
         index = torch.tensor(self.lengths)[:, None] + torch.arange(ids.shape[1])  # (batch, nodes)
         vary(*tensors, *masks.values(), kept, index)
-        return self._compiled(self.model, self.cache, *tensors, masks, kept, index)
+        return compiled(self.model, self.cache, *tensors, masks, kept, index)
 
 
 Masks = dict[str, torch.Tensor]
@@ -286,18 +309,30 @@ class _Room:
 
     cache: TreeCache
     graphs: StepGraphs
-    capacity: int
-    batch: int
     compile: str
+    weights: object
+
+    @property
+    def kind(self) -> tuple[int, str, object]:
+        """Sequences, how it runs, and where the weights were that its graphs read."""
+        return len(self.cache.lengths), self.compile, self.weights
+
+
+def _keep(free: list[_Room], room: _Room) -> None:
+    """A room waits for another request; the oldest go, since each holds memory."""
+    free.append(room)
+    del free[:-KEPT]
 
 
 def _room(model: PreTrainedModel, config: Any, capacity: int, batch: int, compile: str) -> _Room:
-    """A free room that is large enough, or a new one."""
+    """A free room that is large enough, or a new one, which smaller ones then make way for."""
     free = _known[model].free
+    kind = (batch, compile, tuple(p.data_ptr() for p in model.parameters()))
     for room in free:
-        if room.capacity >= capacity and room.batch == batch and room.compile == compile:
+        if room.kind == kind and room.cache.slots.capacity >= capacity:
             free.remove(room)
             return room
+    free[:] = [room for room in free if room.kind[:2] != kind[:2]]
     capacity = -(-capacity // ROUND) * ROUND
     cache = TreeCache(len(DynamicCache(config=config).layers), batch, capacity)
     kinds = list(mask_kinds(config))
@@ -308,17 +343,19 @@ def _room(model: PreTrainedModel, config: Any, capacity: int, batch: int, compil
         index = rows[0][:, 0, :, LENGTH].long() + torch.arange(ids.shape[1], device=ids.device)
         return _evaluate(model, cache, ids, positions, dict(zip(kinds, rows, strict=True)), keep, index)
 
-    return _Room(cache, StepGraphs(forward, model.device, compile == "full"), capacity, batch, compile)
+    return _Room(cache, StepGraphs(forward, model.device, compile == "full"), compile, kind[2])
 
 
 def _compiled(model: PreTrainedModel) -> Compiled:
     """The compiled step of a model; compiled anew for changed weights, which a packed copy would not follow."""
     known = _known[model]
-    weights = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
+    packed = model.device.type == "cpu" and model.dtype == torch.bfloat16
+    weights = packed and tuple(
+        (t.data_ptr(), 0 if t.is_inference() else t._version) for t in (*model.parameters(), *model.buffers())
+    )
     if known.compiled is None or known.compiled[0] != weights:
         if known.compiled is not None:
             torch.compiler.reset()
-        packed = model.device.type == "cpu" and model.dtype == torch.bfloat16
         known.compiled = weights, Compiled(_evaluate, PACKED if packed else None)
     return known.compiled[1]
 
@@ -331,7 +368,12 @@ def _not_ready(model: PreTrainedModel, attention: str, compile: str) -> str:
         return "the model takes no attention but its own"
     if "logits_to_keep" not in parameters_of(model):
         return "the model's forward has no logits_to_keep"
-    if not kernel_found() and (compile == "graphs" or model.device.type == "cuda"):
+    device = model.device.type
+    if device not in ("cpu", "cuda"):
+        return f"a device of type {device!r} is not supported"
+    if compile == "graphs" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "steps are captured on a GPU only"
+    if not kernel_found() and (compile == "graphs" or device == "cuda"):
         return "Triton, which the attention kernel is written in, is not installed"
     return ""
 

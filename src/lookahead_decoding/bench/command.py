@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..cli_common import Problem, encode, first_line, load, read_prompts, room, sampling
+from ..cli_common import Problem, config_of, encode, first_line, load, read_prompts, room, sampling
 from ..config import SOURCES, LookaheadConfig
 from ..hf import LookaheadDecoding, generate
+from ..stats import Stats
 from ..target import COMPILE
 from .methods import METHODS, Job, make, measure, warm_up
 from .result import About, Result
@@ -66,7 +67,9 @@ def _cpuinfo() -> list[str]:
 )
 @click.option("--config", default="15,5,15", show_default=True, help="W,N,G")
 @click.option("--sources", default=",".join(SOURCES), show_default=True, help="Where lookahead takes candidates from.")
-@click.option("--compile", type=click.Choice(COMPILE), default="auto", show_default=True, help="Of our methods.")
+@click.option(
+    "--compile", type=click.Choice(COMPILE), default="auto", show_default=True, help="Of ours, and of hf-static."
+)
 @click.option(
     "--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Prompts answered in one call."
 )
@@ -107,6 +110,8 @@ def run(
     """
     if plot is not None:
         _need_matplotlib()
+    if replay is not None and (temperature or batch_size > 1):
+        raise Problem("--replay forces the tokens of one prompt at a time: leave --temperature and --batch-size out")
     texts = read_prompts(prompts, field, limit)
     settings = _config(config, sources)
     wanted = [name.strip().partition("@")[::2] for name in methods.split(",")]
@@ -123,12 +128,12 @@ def run(
     target, tokenizer = next(iter(loaded.values()))
     ids = [encode(target, tokenizer, text, f"prompt {i}") for i, text in enumerate(texts, 1)]
     options = sampling(temperature) | {"max_new_tokens": min(room(target, p, max_new_tokens) for p in ids)}
-    stop = target.generation_config.eos_token_id
-    options |= {"eos_token_id": stop if eos else None, "pad_token_id": target.generation_config.pad_token_id or 0}
+    stop, pad = target.generation_config.eos_token_id, target.generation_config.pad_token_id
+    if pad is None:  # as transformers does
+        pad = stop[0] if isinstance(stop, list) else stop
+    options |= {"eos_token_id": stop if eos else None, "pad_token_id": pad}
     jobs = [Job(tuple(map(tuple, ids[i : i + batch_size]))) for i in range(0, len(ids), batch_size)]
     if replay is not None:
-        if batch_size > 1:
-            raise Problem("--replay takes one prompt at a time: leave --batch-size out")
         references = [tokenizer(t).input_ids for t in read_prompts(prompts, replay, limit)]
         jobs = [
             Job((tuple(p),), tuple(r[: room(target, p, max_new_tokens)])) for p, r in zip(ids, references, strict=True)
@@ -148,7 +153,7 @@ def run(
     console = Console(stderr=True)
     try:
         made, result.left_out = warm_up(made, jobs, options, seed if temperature else None)
-        found = measure(made, jobs, options, repeat, seed if temperature else None)
+        found = measure(made, jobs if made else [], options, repeat, seed if temperature else None)
         for number, rows in enumerate(found, 1):
             result.rows += rows
             if sys.stderr.isatty():
@@ -158,7 +163,8 @@ def run(
     except (TypeError, ValueError) as error:
         raise Problem(first_line(error)) from error
     if not result.rows:
-        raise Problem("nothing was measured")
+        reasons = "; ".join(f"{label} does not run here: {reason}" for label, reason in result.left_out.items())
+        raise Problem(f"nothing was measured{': ' if reasons else ''}{reasons}")
     _show(result)
     if json_path is not None:
         result.write(json_path)
@@ -169,9 +175,9 @@ def run(
 def _config(text: str, sources: str) -> LookaheadConfig:
     try:
         w, n, g = (int(part) for part in text.split(","))
-        return LookaheadConfig(w, n, g, tuple(sources.split(",")))
     except ValueError as error:
-        raise Problem(f"--config takes W,N,G, such as 15,5,15, and --sources names: {error}") from error
+        raise Problem(f"--config takes W,N,G, such as 15,5,15: {error}") from error
+    return config_of(w, n, g, sources)
 
 
 def _need_matplotlib() -> None:
@@ -255,13 +261,15 @@ def step(
     console = Console(highlight=False)
     console.print(table)
     machine = limits(target)
-    shares, outside, by_step = _shares(target, tokenizer, LookaheadDecoding(settings, compile=compile))
+    stats = _stats(target, tokenizer, LookaheadDecoding(settings, compile=compile))
+    shares = outside_share(stats.seconds)
+    outside = 1e3 * sum(s for name, s in stats.seconds.items() if name not in ("prefill", "forward")) / stats.steps
     commits = commit_times(target)
     held, needed = cache_bytes(target)
     least = ", ".join(f"{machine.milliseconds(n):.2f} ms for {n} rows" for n in sizes)
-    console.print(f"the machine allows at best (weights read, products computed): {least}")
+    console.print(f"the machine allows, roughly (weights read, products computed): {least}")
     console.print("share of a step: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
-    console.print(f"outside the forward: {outside:.2f} ms per step of {by_step:.1f} rows")
+    console.print(f"outside the forward: {outside:.2f} ms per step of {stats.rows_per_step:.1f} rows")
     console.print("commit: " + ", ".join(f"{ms:.3f} ms at {length}" for length, ms in commits.items()))
     console.print(f"keys and values: {held:,} bytes for a capacity that needs {needed:,}")
     if json_path is not None:
@@ -278,7 +286,7 @@ def step(
             "steps": [vars(t) for t in times],
             "shares": shares,
             "outside_forward_ms": outside,
-            "rows_per_step": by_step,
+            "rows_per_step": stats.rows_per_step,
             "limits": vars(machine) | {"milliseconds": {n: machine.milliseconds(n) for n in sizes}},
             "cache_bytes": {"held": held, "needed": needed},
             "commit_ms": commits,
@@ -287,13 +295,9 @@ def step(
         json_path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def _shares(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: LookaheadDecoding
-) -> tuple[dict[str, float], float, float]:
-    """Shares of a step, milliseconds outside the forward, and rows per step."""
+def _stats(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: LookaheadDecoding) -> Stats:
+    """Counts and times of a hundred tokens, warmed up."""
     ids = torch.tensor([tokenizer("def fibonacci(n):\n").input_ids], device=model.device)
     for _ in range(2):
         generate(model, ids, max_new_tokens=100, do_sample=False, eos_token_id=None, lookahead=decoding)
-    stats = decoding.stats
-    others = sum(s for name, s in stats.seconds.items() if name not in ("prefill", "forward"))
-    return outside_share(stats.seconds), 1e3 * others / stats.steps, stats.rows_per_step
+    return decoding.stats

@@ -157,28 +157,34 @@ def _until(row: list[int], stops: Collection[int]) -> list[int]:
 def warm_up(
     methods: Sequence[Method], jobs: Sequence[Job], options: dict[str, Any], seed: int | None = None
 ) -> tuple[list[Method], dict[str, str]]:
-    """Let every method answer the longest job once, so that none starts colder than another.
+    """Let every method answer the longest job of each batch size, so that none starts colder than another.
 
-    What is compiled or allocated for a length is so for the longest. The arguments are those of `measure`.
+    What is compiled or allocated for a length is so for the longest; and all of it twice, since a method may make way
+    for another's larger cache. The arguments are those of `measure`.
 
     Returns:
         The methods that run here, and of the others (stock ones that fail) the reason by name.
     """
     kept: list[Method] = []
     failed: dict[str, str] = {}
-    longest = max(range(len(jobs)), key=lambda number: jobs[number].longest)
+    longest = {len(job.prompts): job for job in sorted(jobs, key=lambda job: job.longest)}  # the last of a size stays
     for method in methods:
         try:
-            answer(method, jobs[longest], _seeded(options, jobs[longest], seed, longest))
+            for job in longest.values():
+                answer(method, job, _seeded(options, job, seed))
             kept.append(method)
         except Exception as error:
             if method.name not in OPTIONAL:
                 raise
             failed[method.label] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    for method in kept:
+        for job in longest.values():
+            answer(method, job, _seeded(options, job, seed))
     return kept, failed
 
 
-def _seeded(options: dict[str, Any], job: Job, seed: int | None, number: int) -> dict[str, Any]:
+def _seeded(options: dict[str, Any], job: Job, seed: int | None, number: int = 0) -> dict[str, Any]:
+    """Options of `generate` with a seed per sequence; `number` counts the prompts before the job's."""
     return options if seed is None else options | {"seeds": [seed + number + i for i in range(len(job.prompts))]}
 
 
@@ -195,7 +201,7 @@ def measure(
         seed: when sampling.
     """
     for number, job in enumerate(jobs):
-        own = _seeded(options, job, seed, number)
+        own = _seeded(options, job, seed, number * len(jobs[0].prompts))
         seconds: dict[str, list[float]] = {m.label: [] for m in methods}
         outputs: dict[str, tuple[list[list[int]], float | None]] = {}
         for turn in range(repeat):
@@ -211,5 +217,6 @@ def measure(
             wanted = first.setdefault(method.dtype, texts)
             times = tuple(round(s, 5) for s in seconds[method.label])
             tokens = sum(map(len, texts))
-            rows.append(Row(number, method.label, method.plain, tokens, times, length, share, texts == wanted))
+            same = texts == wanted
+            rows.append(Row(number, method.label, method.plain, tokens, times, length, share, same, len(texts)))
         yield rows

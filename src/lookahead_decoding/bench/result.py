@@ -16,7 +16,7 @@ LOOP = 0.5
 """A text of which at most this share of 8-grams is distinct is a loop: it flatters every speculative method."""
 
 SHORT = 32
-"""A text of fewer tokens is too short to tell, and is listed with the loops."""
+"""A text of fewer tokens is too short to tell, and is listed with the loops; in a batch, on average."""
 
 
 def distinct_share(ids: Sequence[int], n: int = 8) -> float:
@@ -38,6 +38,7 @@ class Row:
         mean_acceptance_length: tokens per step; None for methods that do not say.
         distinct_8_grams: share of distinct 8-grams of the plain text; of a batch, the smallest.
         agrees: whether the tokens are those of the run's first method of the same dtype.
+        sequences: of the batch.
     """
 
     prompt: int
@@ -48,6 +49,7 @@ class Row:
     mean_acceptance_length: float | None
     distinct_8_grams: float
     agrees: bool
+    sequences: int = 1
 
     @property
     def tokens_per_second(self) -> float:
@@ -90,7 +92,7 @@ class Result:
 
     def of(self, method: str, looping: bool = False) -> list[Row]:
         """A method's rows on prompts whose text loops, or does not."""
-        loops = {row.prompt for row in self.rows if row.distinct_8_grams <= LOOP or row.tokens < SHORT}
+        loops = {row.prompt for row in self.rows if row.distinct_8_grams <= LOOP or row.tokens < SHORT * row.sequences}
         return [row for row in self.rows if row.method == method and (row.prompt in loops) == looping]
 
     def speed(self, method: str, looping: bool = False) -> float:

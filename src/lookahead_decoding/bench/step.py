@@ -51,13 +51,15 @@ def seconds(runs: Sequence[Callable[[], object]], repeats: int) -> list[float]:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the machine allows: no step is faster than its weights are read, or its products computed.
+    """What the machine allows, roughly: a step takes the time to read its weights, or to compute its products.
+
+    For a dense model that no processor's cache holds. Attention is left out, and every row has logits.
 
     Attributes:
-        weight_bytes: of all weights that a step reads; the embedding, of which it looks up a few rows, is left out.
+        weight_bytes: of all weights but the embedding, of which a step looks up a few rows.
         bytes_per_s: read by a sum over 512 MiB.
         operations_per_s: of a product of two matrices of 2,048 x 2,048 in the model's dtype, two per multiply-add.
-        products: multiply-adds of a row, attention left out.
+        products: multiply-adds of a row.
     """
 
     weight_bytes: int
@@ -66,7 +68,7 @@ class Limits:
     products: int
 
     def milliseconds(self, rows: int) -> float:
-        """The least that a forward of so many rows can take."""
+        """What a forward of so many rows takes at these rates."""
         read = self.weight_bytes / self.bytes_per_s
         return 1e3 * max(read, 2 * rows * self.products / self.operations_per_s)
 
@@ -79,7 +81,7 @@ def limits(model: PreTrainedModel) -> Limits:
     square = torch.randn(2048, 2048, device=model.device).to(model.dtype)
     read, product = seconds([lambda: memory.sum().item(), lambda: (square @ square)[0, 0].item()], 7)
     return Limits(
-        weight_bytes=sum(p.numel() * p.element_size() for p in weights),
+        weight_bytes=sum(p.nbytes for p in weights),
         bytes_per_s=memory.nbytes / read,
         operations_per_s=2 * 2048**3 / product,
         products=sum(p.numel() for p in weights if p.ndim > 1),
@@ -88,7 +90,7 @@ def limits(model: PreTrainedModel) -> Limits:
 
 def cache_bytes(model: PreTrainedModel, capacity: int = 300) -> tuple[int, int]:
     """Bytes that the keys and values of a request hold, and those that its capacity in tokens needs."""
-    target = Target(model, capacity)
+    target = Target(model, capacity, compile="off")  # a captured cache is larger, since it serves later requests
     target.prefill([[7, 7]])
     needed = sum(b[:, :, :1].nbytes for layer in target.cache.layers for b in (layer.keys, layer.values))
     return sum(stack.nbytes for stack in target.cache.slots.stacks), needed * capacity
