@@ -18,9 +18,13 @@ def generate(
     ngram_size: int = DEFAULT.ngram_size,
     verification_set_size: int = DEFAULT.verification_set_size,
     sources: tuple[str, ...] = DEFAULT.sources,
+    compile: str = "auto",
     **kwargs: Any,
 ) -> Any:
     """`model.generate` with lookahead decoding: everything else is passed on."""
     config = lookahead or ld.LookaheadConfig(window_size, ngram_size, verification_set_size, sources)
+    decoding = ld.LookaheadDecoding(config, compile=compile)
     named = inspect.signature(model.generate).parameters  # transformers fills in those that the caller left out
-    return ld.generate(model, lookahead=config, **{k: v for k, v in kwargs.items() if v is not None or k not in named})
+    return ld.generate(
+        model, lookahead=decoding, **{k: v for k, v in kwargs.items() if v is not None or k not in named}
+    )
