@@ -32,7 +32,7 @@ def _compiler_that_works() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_compiled_steps_are_exact(name: str, tiny: Tiny, accepted: Accepted) -> None:
-    model, ids, before = tiny(name), prompt_of(6), graphs()
+    model, ids, before = tiny(name, attn_implementation="eager"), prompt_of(6), graphs()  # eager caps gemma2's scores
     for mode in (GREEDY, SAMPLED):
         options = {"max_new_tokens": 60, "eos_token_id": None, **mode}
         torch.manual_seed(1)

@@ -443,7 +443,9 @@ def probe(model: PreTrainedModel) -> str:
         key = (own, model.dtype, model.device)
         if key not in known:
             found = ("", "")
-            for attention in (OURS, own):
+            # Where a version of transformers gives a model with capped scores to sdpa, the cap is left out.
+            uncapped = own == "sdpa" and getattr(config, "attn_logit_softcapping", None)
+            for attention in (own,) if uncapped else (OURS, own):
                 reason = _try(model, attention)
                 if not reason:
                     found = (attention, "")
