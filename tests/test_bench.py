@@ -147,6 +147,36 @@ def test_keys_and_values_hold_the_capacity_and_no_more(tiny: Tiny) -> None:
     assert cache_bytes(tiny(), 77) == (2 * 2 * 2 * 77 * 8 * 4,) * 2  # layers, keys and values, heads, slots, size
 
 
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["step", "pocket", "--rows", "0,1"], "--rows takes numbers of at least 1"),
+        (["step", "pocket", "--contexts", "x"], "--contexts takes numbers of at least 1"),
+        (["pocket", "--config", "5,5"], "--config takes three numbers W,N,G, such as 15,5,15; got '5,5'"),
+        (["pocket", "--sources", "magic"], "unknown source 'magic'"),
+        (["pocket", "--methods", "lookahead@float16x"], "no dtype 'float16x': choose from auto, float32"),
+        (["pocket", "--methods", "magic"], "no method 'magic'"),
+        (["pocket", "--replay", "prompt", "--batch-size", "2"], "leave --temperature and --batch-size out"),
+        (["pocket", "--methods", "hf-prompt-lookup", "--batch-size", "2"], "nothing was measured: hf-prompt-lookup@"),
+    ],
+)
+def test_a_wrong_option_is_one_clear_line(
+    arguments: list[str],
+    problem: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "def f(x):\\n"}\n{"prompt": "import os\\n"}\n')
+    more = [] if arguments[0] == "step" else ["--prompts", str(prompts), "--max-new-tokens", "4"]
+    monkeypatch.setattr(sys, "argv", ["lookahead", "bench", *arguments, *more])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    assert problem in capsys.readouterr().err
+
+
 def test_the_command_prints_a_table_and_writes_file_and_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -149,7 +149,7 @@ def test_chat_answers_until_the_input_ends(tmp_path: Path) -> None:
         (["generate", "pocket", "-p", "a", "--stop", ""], "--stop needs a text"),
         (["generate", "pocket", "-p", "a", "--device", "nowhere"], "cannot use device 'nowhere'"),
         (["bench", "pocket"], "Missing option"),
-        (["bench", "step", "pocket", "--rows", "x"], "take numbers"),
+        (["bench", "step", "pocket", "--rows", "x"], "takes numbers"),
         (["nonsense"], "No such command"),
     ],
 )

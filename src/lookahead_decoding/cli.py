@@ -22,14 +22,13 @@ from transformers.utils import logging as transformers_logging
 
 from . import __version__
 from .bench.command import bench
-from .cli_common import Problem, config_of, encode, first_line, load, read_prompts, room, sampling
+from .cli_common import DTYPES, Problem, config_of, encode, first_line, load, read_prompts, room, sampling
 from .config import PLAIN, SOURCES, LookaheadConfig
 from .exactness import compare
 from .hf import LookaheadDecoding, Run, call_generate, context_of
 from .target import COMPILE
 from .text import Detokenizer, decode_text, stream
 
-DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 DEMO_PROMPTS = (
     'def has_close_elements(numbers, threshold):\n    """Check if any two numbers are closer than the threshold."""\n',
     'class Stack:\n    """A stack with push and pop."""\n\n    def __init__(self, items=None):\n',

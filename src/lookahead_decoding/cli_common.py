@@ -16,6 +16,8 @@ from .config import LookaheadConfig
 from .hf import context_of
 from .target import probe
 
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
 
 class Problem(click.ClickException):
     """Something the user can mend: one line, exit code 2."""

@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..cli_common import Problem, config_of, encode, first_line, load, read_prompts, room, sampling
+from ..cli_common import DTYPES, Problem, config_of, encode, first_line, load, read_prompts, room, sampling
 from ..config import SOURCES, LookaheadConfig
 from ..hf import LookaheadDecoding, generate
 from ..stats import Stats
 from ..target import COMPILE
 from .methods import METHODS, Job, make, measure, warm_up
-from .result import About, Result
+from .result import SHORT, About, Result
 from .step import cache_bytes, commit_times, limits, outside_share, step_times
 
 
@@ -36,7 +36,10 @@ class _Default(click.Group):
 
 @click.group(cls=_Default)
 def bench() -> None:
-    """Compare methods on prompts (`bench MODEL ...`), or time a step (`bench step MODEL`)."""
+    """Compare methods on prompts (`bench MODEL ...`), or time a step (`bench step MODEL`).
+
+    The options of the first are under `bench run --help`.
+    """
 
 
 def _device_name(device: torch.device) -> str:
@@ -119,6 +122,8 @@ def run(
     made = []
     for name, own in wanted:
         kind = own or dtype
+        if kind not in DTYPES:
+            raise Problem(f"no dtype {kind!r}: choose from {', '.join(DTYPES)}")
         if kind not in loaded:
             loaded[kind] = load(model, kind, device, trust_remote_code)
         try:
@@ -151,6 +156,7 @@ def run(
     )
     result = Result(about)
     console = Console(stderr=True)
+    console.print("warming up" + (", which compiles every method first" if compile == "full" else ""))
     try:
         made, result.left_out = warm_up(made, jobs, options, seed if temperature else None)
         found = measure(made, jobs if made else [], options, repeat, seed if temperature else None)
@@ -159,6 +165,7 @@ def run(
             if sys.stderr.isatty():
                 console.print(f"{number}/{len(jobs)}", end="\r")
     except KeyboardInterrupt:
+        result.interrupted = True
         console.print(f"interrupted: {len({r.prompt for r in result.rows})} of {len(jobs)} were measured")
     except (TypeError, ValueError) as error:
         raise Problem(first_line(error)) from error
@@ -176,8 +183,18 @@ def _config(text: str, sources: str) -> LookaheadConfig:
     try:
         w, n, g = (int(part) for part in text.split(","))
     except ValueError as error:
-        raise Problem(f"--config takes W,N,G, such as 15,5,15: {error}") from error
+        raise Problem(f"--config takes three numbers W,N,G, such as 15,5,15; got {text!r}") from error
     return config_of(w, n, g, sources)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise Problem(f"{option} takes numbers of at least 1, separated by commas; got {text!r}")
+    return numbers
 
 
 def _need_matplotlib() -> None:
@@ -189,7 +206,8 @@ def _need_matplotlib() -> None:
 
 def _show(result: Result) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
-    table = Table("method", "prompts", "tokens/s", "per step", "over best plain", "over hf-greedy", "agrees")
+    counted = "batches" if any(row.sequences > 1 for row in result.rows) else "prompts"
+    table = Table("method", counted, "tokens/s", "per step", "over best plain", "over hf-greedy", "agrees")
     for line in result.summary():
         ratios = []
         for name in ("over_best_plain", "over_hf_greedy"):
@@ -200,6 +218,8 @@ def _show(result: Result) -> None:
         speed = f"{line['tokens_per_second']:.1f}"
         table.add_row(name, str(line["prompts"]), speed, str(length or ""), *ratios, str(line["agrees"]))
     console.print(table)
+    if any(line["looping"] for line in result.summary()):
+        console.print(f"(loops, short): half of the 8-grams or more are repeats, or fewer than {SHORT} tokens")
     for label, reason in result.left_out.items():
         console.print(f"{label} does not run here: {reason}")
     if result.best_plain:
@@ -240,11 +260,8 @@ def step(
 ) -> None:
     """t(n): the time of a step by its rows, ours and through the model's own attention with a mask."""
     settings = _config(config, sources)
+    sizes, lengths = _numbers("--rows", rows), _numbers("--contexts", contexts)
     target, tokenizer = load(model, dtype, device, trust_remote_code)
-    try:
-        sizes, lengths = ([int(part) for part in text.split(",")] for text in (rows, contexts))
-    except ValueError as error:
-        raise Problem(f"--rows and --contexts take numbers separated by commas: {error}") from error
     times = []
     table = Table("context", "rows", "ms", "t(n)/t(1)", "own attention, ms", "speedup")
     for one in step_times(target, sizes, lengths, repeat, compile):

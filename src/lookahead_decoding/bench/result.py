@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
+from typing import Any
 
 import torch
 import transformers
@@ -79,11 +80,13 @@ class Result:
 
     Attributes:
         left_out: methods that do not run here, with the reason.
+        interrupted: before all prompts were measured.
     """
 
     about: About
     rows: list[Row] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
+    interrupted: bool = False
 
     @property
     def methods(self) -> list[str]:
@@ -144,8 +147,16 @@ class Result:
     def write(self, path: Path) -> None:
         """Write everything as JSON."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"about": asdict(self.about), "best_plain": self.best_plain, "summary": self.summary()}
-        content |= {"left_out": self.left_out, "rows": [asdict(row) for row in self.rows]}
+        content: dict[str, Any] = {
+            "about": asdict(self.about),
+            "best_plain": self.best_plain,
+            "summary": self.summary(),
+        }
+        content |= {
+            "left_out": self.left_out,
+            "interrupted": self.interrupted,
+            "rows": [asdict(row) for row in self.rows],
+        }
         path.write_text(json.dumps(content, indent=1) + "\n")
 
     def plot(self, path: Path) -> None:
