@@ -79,15 +79,23 @@ CASES = [  # nodes, lengths, heads, key heads, size
 
 
 @pytest.mark.parametrize(("nodes", "lengths", "heads", "key_heads", "size"), CASES)
-@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize(("window", "softcap", "has_sinks"), [(None, 0.0, False), (9, 0.0, False), (9, 2.0, True)])
 def test_heads_folded_into_rows(
-    nodes: int, lengths: list[int], heads: int, key_heads: int, size: int, window: int | None
+    nodes: int,
+    lengths: list[int],
+    heads: int,
+    key_heads: int,
+    size: int,
+    window: int | None,
+    softcap: float,
+    has_sinks: bool,
 ) -> None:
     query, key, value, rows = inputs(nodes, lengths, heads, key_heads, size, torch.float32, window)
     slots = max(lengths) + nodes
     key, value = key[:, :, :slots], value[:, :, :slots]
-    wanted = reference(query, key, value, dense_mask(rows, torch.float32).to(DEVICE), 0.2)
-    ours = folded(query, key, value, dense_mask(rows, torch.float32, heads // key_heads).to(DEVICE), 0.2)
+    more = softcap, torch.randn(heads, device=DEVICE) if has_sinks else None
+    wanted = reference(query, key, value, dense_mask(rows, torch.float32).to(DEVICE), 0.2, *more)
+    ours = folded(query, key, value, dense_mask(rows, torch.float32, heads // key_heads).to(DEVICE), 0.2, *more)
     assert torch.allclose(ours, wanted, atol=1e-5)
 
 

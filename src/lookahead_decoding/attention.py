@@ -97,21 +97,41 @@ def reference(
     """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = query @ key.transpose(2, 3) * scale  # (batch, heads, nodes, slots)
+    ends = None if sinks is None else sinks[None, :, None, None].expand(1, -1, query.shape[2], 1)
+    return _weighed(query, key, value, mask, scale, softcap, ends).transpose(1, 2).contiguous()
+
+
+def _weighed(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    softcap: float,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Softmax over all slots; as many heads of queries as of keys, and sinks per row, (1, heads, rows, 1)."""
+    scores = query @ key.transpose(2, 3) * scale  # (batch, heads, rows, slots)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores + mask
     if sinks is not None:
-        scores = torch.cat([scores, sinks[None, :, None, None].to(scores).expand(*scores.shape[:3], 1)], -1)
+        scores = torch.cat([scores, sinks.to(scores).expand(len(scores), -1, -1, 1)], -1)
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     weights = torch.softmax(scores, -1, dtype=wide)[..., : key.shape[2]].to(value.dtype)
-    return (weights @ value).transpose(1, 2).contiguous()
+    return weights @ value
 
 
 def folded(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of a step with PyTorch's fused kernel, query heads folded into rows of their key head.
+    """Attention of a step, query heads folded into rows of their key head: by PyTorch's fused kernel where that can.
 
     Args:
         mask: (batch, 1, groups x nodes, slots), as `dense_mask` gives it for all groups.
@@ -120,7 +140,11 @@ def folded(
     """
     batch, heads, nodes, size = query.shape
     rows = query.reshape(batch, key.shape[1], -1, size)  # (batch, key heads, groups x nodes, size)
-    out = torch.nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
+    if softcap or sinks is not None:
+        ends = None if sinks is None else sinks.reshape(1, key.shape[1], -1, 1).repeat_interleave(nodes, 2)
+        out = _weighed(rows, key, value, mask, scale, softcap, ends)
+    else:
+        out = torch.nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
     return out.reshape(batch, heads, nodes, -1).transpose(1, 2)
 
 
@@ -147,7 +171,4 @@ def attend(
         out: torch.Tensor = tree_attention(query, key, value, mask, scale, softcap, sinks)
         return out
     slots = mask.shape[-1]
-    key, value = key[:, :, :slots], value[:, :, :slots]
-    if softcap or sinks is not None:
-        return reference(query, key, value, mask[:, :, : query.shape[2]], scale, softcap, sinks)
-    return folded(query, key, value, mask, scale)
+    return folded(query, key[:, :, :slots], value[:, :, :slots], mask, scale, softcap, sinks)
