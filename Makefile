@@ -13,7 +13,7 @@ demo: .venv/.installed  ## watch pocket write Python, plain and with lookahead d
 	$(RUN)/lookahead demo
 
 test: .venv/.installed  ## the whole test suite; DATA=folder adds the tests that need data sets and models
-	$(RUN)/pytest -n 2 $(if $(DATA),--data $(DATA))
+	$(RUN)/pytest -n 2 $(if $(DATA),--data=$(DATA))
 
 lint: .venv/.installed
 	$(RUN)/ruff check .
