@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -15,6 +16,7 @@ from lookahead_decoding.graphs import Compiled, padded
 from test_exactness import CONFIGS, GREEDY, SAMPLED, WINDOW_ALONE, batch_of, prompt_of
 
 Tiny = Callable[..., torch.nn.Module]
+needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 
 
 def graphs() -> int:
@@ -30,6 +32,7 @@ def _compiler_that_works() -> Iterator[None]:
         yield
 
 
+@needs_compiler
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_compiled_steps_are_exact(name: str, tiny: Tiny, accepted: Accepted) -> None:
     model, ids, before = tiny(name, attn_implementation="eager"), prompt_of(6), graphs()  # eager caps gemma2's scores
@@ -46,6 +49,7 @@ def test_compiled_steps_are_exact(name: str, tiny: Tiny, accepted: Accepted) -> 
     assert accepted.kinds == {"full", "partial", "none"}
 
 
+@needs_compiler
 def test_a_compiled_batch_is_exact(tiny: Tiny) -> None:
     ids, mask = batch_of((9, 1, 5))
     before = graphs()
@@ -58,6 +62,7 @@ def test_a_compiled_batch_is_exact(tiny: Tiny) -> None:
     assert graphs() > before
 
 
+@needs_compiler
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_other_lengths_and_widths_do_not_compile_again(name: str, tiny: Tiny) -> None:
     model, counts = tiny(name), [graphs()]
@@ -69,6 +74,7 @@ def test_other_lengths_and_widths_do_not_compile_again(name: str, tiny: Tiny) ->
     assert counts == [counts[0] + n for n in (0, 1, 2, 2, 2, 2)]
 
 
+@needs_compiler
 def test_packed_weights_follow_the_model(tiny: Tiny) -> None:
     ids = prompt_of(6)
 
