@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--mode", choices=("full", "graphs"), default="full")
     parser.add_argument("--limit", type=int, default=12)
     parser.add_argument("--length", type=int, default=384)
-    parser.add_argument("--config", default="15,5,15")
+    parser.add_argument("--config", default="auto", help="auto, or the paper's with W,N,G")
     parser.add_argument("--parts", default="attention,step,generation")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -239,8 +239,10 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(ld.pocket_path())
         humaneval = args.data / "data" / "humaneval" / "HumanEval.jsonl"
         prompts = [json.loads(line)["prompt"] for line in humaneval.read_text().splitlines()[: args.limit]]
-        w, n, g = map(int, args.config.split(","))
-        result = generation(model, tokenizer, prompts, args.length, ld.LookaheadConfig(w, n, g), args.mode)
+        config = ld.LookaheadConfig()
+        if args.config != "auto":
+            config = ld.LookaheadConfig.paper(*map(int, args.config.split(",")))
+        result = generation(model, tokenizer, prompts, args.length, config, args.mode)
         write(f"generation-{args.size}", {"config": args.config, "length": args.length} | result)
         print(result["summary_of_not_looping"], flush=True)
 

@@ -60,6 +60,10 @@ ARCHITECTURES = {
 }
 
 
+FREE = ((1, 1.0),)
+"""Step times by which rows cost nothing: trees are as large as they may be, and the same in every run."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--data", type=Path, help="the folder with data sets and models; tests that need it are skipped")
 
@@ -141,8 +145,8 @@ def accepted(monkeypatch: pytest.MonkeyPatch) -> Accepted:
     module = import_module("lookahead_decoding.decode")
     plain = module.choose
 
-    def choose(step, trees, samplers):  # type: ignore[no-untyped-def]
-        choices = plain(step, trees, samplers)
+    def choose(step, trees, samplers, ranks):  # type: ignore[no-untyped-def]
+        choices = plain(step, trees, samplers, ranks)
         for tree, choice in zip(trees, choices, strict=True):
             if tree is not None and choice is not None:
                 seen.watch(tree, choice)

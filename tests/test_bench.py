@@ -18,6 +18,8 @@ from test_exactness import prompt_of
 Tiny = Callable[..., torch.nn.Module]
 ABOUT = About("lookahead bench m", "m", "p.jsonl", "greedy", "off", "a cpu", 2)
 
+SMALL = ld.LookaheadConfig.paper(3, 3, 3, ("window", "prompt", "output"))
+
 
 def row(prompt: int, method: str, seconds: tuple[float, ...], share: float = 1.0, tokens: int = 100) -> Row:
     plain = not method.startswith("lookahead")
@@ -62,7 +64,7 @@ def test_share_of_distinct_ngrams() -> None:
 
 def test_every_method_gives_the_same_greedy_tokens(tiny: Tiny) -> None:
     model = tiny()
-    methods = [make(name, "float32", model, ld.LookaheadConfig(3, 3, 3)) for name in METHODS]
+    methods = [make(name, "float32", model, SMALL) for name in METHODS]
     options = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": None}
     jobs = [Job((tuple(prompt_of(n)[0].tolist()),)) for n in (5, 9)]
     kept, failed = warm_up(methods, jobs, options)
@@ -83,7 +85,7 @@ def test_sampled_methods_start_from_the_same_seed(tiny: Tiny) -> None:
 
 
 def test_replay_forces_the_reference(tiny: Tiny) -> None:
-    methods = [make(name, "float32", tiny(), ld.LookaheadConfig(3, 3, 3)) for name in ("autoregressive", "lookahead")]
+    methods = [make(name, "float32", tiny(), SMALL) for name in ("autoregressive", "lookahead")]
     reference = (7, 8, 9, 7, 8, 9, 7, 8, 9, 7, 8, 9)
     (rows,) = measure(methods, [Job(((5, 6),), reference)], {"do_sample": False})
     assert [r.tokens for r in rows] == [12, 12]
@@ -95,7 +97,7 @@ def test_replay_forces_the_reference(tiny: Tiny) -> None:
 
 def test_batches_count_tokens_up_to_each_end(tiny: Tiny) -> None:
     names = ("hf-greedy", "lookahead", "hf-prompt-lookup")
-    methods = [make(name, "float32", tiny(), ld.LookaheadConfig(3, 3, 3)) for name in names]
+    methods = [make(name, "float32", tiny(), SMALL) for name in names]
     jobs = [Job((tuple(prompt_of(6)[0].tolist()), (5, 6, 7)))]
     alone = [
         tiny().generate(torch.tensor([p]), do_sample=False, max_new_tokens=30, eos_token_id=None)[0].tolist()
@@ -152,7 +154,7 @@ def test_keys_and_values_hold_the_capacity_and_no_more(tiny: Tiny) -> None:
     [
         (["step", "pocket", "--rows", "0,1"], "--rows takes numbers of at least 1"),
         (["step", "pocket", "--contexts", "x"], "--contexts takes numbers of at least 1"),
-        (["pocket", "--config", "5,5"], "--config takes three numbers W,N,G, such as 15,5,15; got '5,5'"),
+        (["pocket", "--config", "5,5"], "--config takes auto, or three numbers W,N,G such as 15,5,15; got '5,5'"),
         (["pocket", "--sources", "magic"], "unknown source 'magic'"),
         (["pocket", "--methods", "lookahead@float16x"], "no dtype 'float16x': choose from auto, float32"),
         (["pocket", "--methods", "magic"], "no method 'magic'"),

@@ -11,20 +11,26 @@ import pytest
 import torch
 
 import lookahead_decoding as ld
-from conftest import ARCHITECTURES, Accepted, right_and_wrong
+from conftest import ARCHITECTURES, FREE, Accepted, right_and_wrong
 
+ALL = ("window", "prompt", "output")
 CONFIGS = {
-    "4/3/3": ld.LookaheadConfig(4, 3, 3),
-    "N=2": ld.LookaheadConfig(5, 2, 4),
-    "W=1": ld.LookaheadConfig(1, 4, 4),
-    "G=0": ld.LookaheadConfig(3, 3, 0),
-    "G=1": ld.LookaheadConfig(3, 4, 1),
-    "15/5/15": ld.LookaheadConfig(15, 5, 15),
-    "text only": ld.LookaheadConfig(3, 3, 5, ("prompt", "output")),
-    "window only": ld.LookaheadConfig(3, 3, 5, ("window",)),
+    "4/3/3": ld.LookaheadConfig.paper(4, 3, 3, ALL),
+    "N=2": ld.LookaheadConfig.paper(5, 2, 4, ALL),
+    "W=1": ld.LookaheadConfig.paper(1, 4, 4, ALL),
+    "G=0": ld.LookaheadConfig.paper(3, 3, 0, ALL),
+    "G=1": ld.LookaheadConfig.paper(3, 4, 1, ALL),
+    "15/5/15": ld.LookaheadConfig.paper(15, 5, 15, ALL),
+    "text only": ld.LookaheadConfig.paper(3, 3, 5, ("prompt", "output")),
+    "window only": ld.LookaheadConfig.paper(3, 3, 5),
+    "default": ld.LookaheadConfig(),
+    "rows for free": ld.LookaheadConfig(step_times=FREE),
+    "recycled only": ld.LookaheadConfig(sources=("recycled",), step_times=FREE),
+    "a fixed window": ld.LookaheadConfig(4, 3, 3, max_rows=30, step_times=FREE),
+    "output only": ld.LookaheadConfig(sources=("output",), max_rows=2, step_times=FREE),
     "plain": ld.PLAIN,
 }
-WINDOW_ALONE = ld.LookaheadConfig(4, 3, 0, ("window",))  # so that all candidates are the test's own
+WINDOW_ALONE = ld.LookaheadConfig.paper(4, 3, 0)  # so that all candidates are the test's own
 GREEDY = {"do_sample": False}
 SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 20}
 
@@ -51,7 +57,7 @@ def test_architectures(
 ) -> None:
     if (name, dtype) == ("mixtral", torch.float64):
         pytest.skip("torch has no grouped product of experts in float64")
-    for length, config in ((1, "4/3/3"), (7, "15/5/15"), (30, "4/3/3")):
+    for length, config in ((1, "rows for free"), (7, "15/5/15"), (30, "rows for free")):
         plain, ours = both(tiny(name, dtype), prompt_of(length), CONFIGS[config], max_new_tokens=50, **mode)
         assert ours == plain
 
@@ -84,11 +90,12 @@ def test_configurations(
 
 
 def test_to_the_exact_end_of_the_context(tiny: Callable[..., torch.nn.Module]) -> None:
+    ids = prompt_of(20)
     for name in ("llama", "gpt2"):  # gpt2's learned positions end at 128
-        ids = prompt_of(20)
-        plain, ours = both(tiny(name), ids, CONFIGS["15/5/15"], max_new_tokens=108, eos_token_id=None, **GREEDY)
-        assert len(ours[0]) == 128
-        assert ours == plain
+        for config in ("15/5/15", "a fixed window"):
+            plain, ours = both(tiny(name), ids, CONFIGS[config], max_new_tokens=108, eos_token_id=None, **GREEDY)
+            assert len(ours[0]) == 128
+            assert ours == plain
 
 
 def test_a_single_new_token_takes_one_forward(tiny: Callable[..., torch.nn.Module]) -> None:
@@ -112,10 +119,11 @@ def test_a_greedy_batch_equals_generate_and_its_rows_alone(name: str, tiny: Call
     ids, mask = batch_of((9, 1, 5))
     options = {"max_new_tokens": 40, "pad_token_id": 0, **GREEDY}
     plain = model.generate(ids, attention_mask=mask, **options)
-    ours = ld.generate(model, ids, attention_mask=mask, lookahead=CONFIGS["4/3/3"], **options)
+    config = CONFIGS["rows for free"]
+    ours = ld.generate(model, ids, attention_mask=mask, lookahead=config, **options)
     assert ours.tolist() == plain.tolist()
     for row, start in enumerate((0, 8, 4)):
-        alone = ld.generate(model, ids[row : row + 1, start:], lookahead=CONFIGS["4/3/3"], **options)[0].tolist()
+        alone = ld.generate(model, ids[row : row + 1, start:], lookahead=config, **options)[0].tolist()
         assert ours[row, start : start + len(alone)].tolist() == alone
         assert set(ours[row, start + len(alone) :].tolist()) <= {0}
 
@@ -189,8 +197,9 @@ PYTHON = ["def fibonacci(n):\n", "class Stack:\n    def __init__(self):\n", "imp
 def test_pocket(prompt: str, mode: dict[str, object], pocket: tuple[torch.nn.Module, object]) -> None:
     model, tokenizer = pocket
     ids = tokenizer(prompt, return_tensors="pt").input_ids
-    plain, ours = both(model, ids, CONFIGS["15/5/15"], max_new_tokens=100, **mode)
-    assert ours == plain
+    for config in ("15/5/15", "default", "rows for free"):
+        plain, ours = both(model, ids, CONFIGS[config], max_new_tokens=100, **mode)
+        assert ours == plain
 
 
 @pytest.mark.parametrize("mode", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
@@ -198,8 +207,9 @@ def test_stories(mode: dict[str, object], stories: tuple[torch.nn.Module, object
     model, tokenizer = stories
     for line in (data / "data" / "stories.jsonl").read_text().splitlines():
         ids = tokenizer(json.loads(line)["prompt"], return_tensors="pt").input_ids
-        plain, ours = both(model, ids, CONFIGS["15/5/15"], max_new_tokens=150, **mode)
-        assert ours == plain
+        for config in ("15/5/15", "rows for free"):
+            plain, ours = both(model, ids, CONFIGS[config], max_new_tokens=150, **mode)
+            assert ours == plain
 
 
 def test_the_window_alone_compresses_steps(stories: tuple[torch.nn.Module, object], data: Path) -> None:

@@ -143,7 +143,7 @@ def test_steps_of_fixed_shape(tiny: Tiny) -> None:
     model, ids = tiny(), prompt_of(6)
     options = {"max_new_tokens": 6, "eos_token_id": None, **GREEDY}
     plain = model.generate(ids, **options)[0].tolist()
-    small = ld.LookaheadConfig(1, 3, 0)  # a few rows: the interpreter is slow
+    small = ld.LookaheadConfig.paper(1, 3, 0)  # a few rows: the interpreter is slow
     decoding = ld.LookaheadDecoding(small, propose=lambda text: [plain[len(text) : len(text) + 2]], compile="graphs")
     for _ in range(2):  # the second time with the cache of the first
         assert ld.generate(model, ids, lookahead=decoding, **options)[0].tolist() == plain

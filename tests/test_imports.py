@@ -8,7 +8,7 @@ from pathlib import Path
 import lookahead_decoding
 
 LAYERS = [
-    {"config", "tree", "window", "pool", "lookahead", "stats"},
+    {"config", "tree", "window", "pool", "suffix", "sources", "grow", "lookahead", "budget", "stats"},
     {"attention", "kernels", "graphs", "cache", "choose"},
     {"target"},
     {"decode", "hf", "text", "exactness"},

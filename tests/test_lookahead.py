@@ -12,22 +12,28 @@ def lookahead(prompt: list[int], **settings: object) -> Lookahead:
     return Lookahead(prompt, LookaheadConfig(**settings), **limits)
 
 
+def paper(prompt: list[int], **settings: object) -> Lookahead:
+    """The paper's algorithm; W, N and G are 15, 5 and 15 where they are not given."""
+    limits = {k: settings.pop(k) for k in ("limit", "stop_ids", "propose") if k in settings}
+    return Lookahead(prompt, LookaheadConfig.paper(**settings), **limits)
+
+
 def test_the_prompts_ngrams_are_candidates_of_the_first_step() -> None:
-    core = lookahead([1, 2, 3, 1, 2, 4, 1], ngram_size=3, sources=("prompt",))
+    core = paper([1, 2, 3, 1, 2, 4, 1], ngram_size=3, sources=("prompt",))
     tree = core.plan()
     assert tree.tokens == (1, 2, 4, 3)
     assert tree.parents == (-1, 0, 1, 1)
 
 
 def test_without_the_prompt_source_only_the_output_is_learned() -> None:
-    core = lookahead([1, 2, 3, 1, 2, 3], ngram_size=2, sources=("output",))
+    core = paper([1, 2, 3, 1, 2, 3], ngram_size=2, sources=("output",))
     assert core.plan().tokens == (3,)
     core.observe(Choice((1, 2, 3), (0, 1, 2)))
     assert core.plan().tokens == (3, 1)
 
 
 def test_an_accepted_run_is_learned_token_by_token() -> None:
-    core = lookahead([9, 1], ngram_size=3, sources=("output",))
+    core = paper([9, 1], ngram_size=3, sources=("output",))
     core.observe(Choice((2, 3, 1), (0, 1, 2)))
     assert core.text == [9, 1, 2, 3, 1]
     assert core.plan().tokens == (1, 2, 3)
@@ -46,14 +52,14 @@ def test_no_source_is_plain_decoding() -> None:
 
 
 def test_prefill_does_not_move_the_window() -> None:
-    core = lookahead([1, 2, 3], window_size=3, ngram_size=3, sources=("window",))
+    core = paper([1, 2, 3], window_size=3, ngram_size=3, sources=("window",))
     before = core.plan().tokens[1:]
     core.observe(Choice((2,), (0,)))
     assert core.plan().tokens[1:] == before
 
 
 def test_window_ngrams_become_candidates_once_n_minus_one_rows_stand() -> None:
-    core = lookahead([1], window_size=1, ngram_size=3, sources=("window",))
+    core = paper([1], window_size=1, ngram_size=3, sources=("window",))
     core.observe(Choice((1,), (0,), (7,)))  # fills the second row
     tree = core.plan()
     assert len(tree.last_row) == 1
@@ -64,14 +70,14 @@ def test_window_ngrams_become_candidates_once_n_minus_one_rows_stand() -> None:
 
 
 def test_a_stop_token_is_never_proposed_by_the_window() -> None:
-    core = lookahead([1], window_size=2, ngram_size=2, sources=("window",), stop_ids={0})
+    core = paper([1], window_size=2, ngram_size=2, sources=("window",), stop_ids={0})
     core.observe(Choice((1,), (0,), (0, 0)))
     assert core.plan().tokens[core.plan().first_candidate :] == ()
 
 
 def test_no_node_stands_where_plain_decoding_never_feeds_a_token() -> None:
     # five tokens at most: the last is never fed, so the tree may reach position 3, two past the root
-    core = lookahead([1, 2], limit=5, window_size=9, ngram_size=5, propose=lambda text: [[7] * 9])
+    core = paper([1, 2], limit=5, window_size=9, ngram_size=5, propose=lambda text: [[7] * 9])
     assert max(core.plan().depths) == 2
     core.observe(Choice((3, 3), (0, 1), ()))
     assert max(core.plan().depths) == 0
@@ -126,7 +132,7 @@ def test_text_sources_propose_what_followed_the_current_token(
     prompt: list[int], steps: list[list[int]], ngram: int
 ) -> None:
     """Against a pool that is made anew from the whole text."""
-    core = lookahead(prompt, ngram_size=ngram, verification_set_size=3, sources=("prompt", "output"))
+    core = paper(prompt, ngram_size=ngram, verification_set_size=3, sources=("prompt", "output"))
     for tokens in steps:
         core.observe(Choice(tuple(tokens), tuple(range(len(tokens)))))
     text = core.text

@@ -44,6 +44,37 @@ class StepLogits:
         best = self.logits.argmax(-1).tolist()
         return best
 
+    def top(self, ranks: int) -> list[list[list[int]]]:
+        """The best tokens of every kept row, best first, (batch, kept rows, ranks); ties in any order."""
+        found: list[list[list[int]]] = top_tokens(self.logits, ranks).tolist()
+        return found
+
+
+CHUNK = 128
+"""Logits of a large vocabulary that `top_tokens` looks at together."""
+
+LARGE = 16_384
+
+
+def top_tokens(logits: torch.Tensor, ranks: int) -> torch.Tensor:
+    """Indices of the largest logits, largest first, (..., vocab) to (..., ranks); fewer where the vocabulary is small.
+
+    On a CPU torch.topk takes ten times as long as a maximum, so a large vocabulary is cut into chunks: only those with
+    the largest maxima can hold any.
+    """
+    vocab = logits.shape[-1]
+    ranks = min(ranks, vocab)
+    chunks = vocab // CHUNK
+    if logits.device.type != "cpu" or vocab < LARGE:
+        return logits.topk(ranks).indices
+    whole = logits[..., : chunks * CHUNK].reshape(*logits.shape[:-1], chunks, CHUNK)  # (..., chunks, CHUNK)
+    best = whole.amax(-1).topk(ranks).indices  # (..., ranks)
+    found = whole.gather(-2, best[..., None].expand(*best.shape, CHUNK)).flatten(-2)  # (..., ranks * CHUNK)
+    rest = logits[..., chunks * CHUNK :]
+    ids = (best[..., None] * CHUNK + torch.arange(CHUNK)).flatten(-2)
+    ids = torch.cat([ids, torch.arange(chunks * CHUNK, vocab).expand(*ids.shape[:-1], -1)], -1)
+    return ids.gather(-1, torch.cat([found, rest], -1).topk(ranks).indices)
+
 
 class Sampler:
     """Picks the tokens of one sequence as plain decoding would, one after the other.
@@ -127,14 +158,20 @@ class Sampler:
         return int(torch.multinomial(probabilities, num_samples=1, generator=self._generator))
 
 
-def choose(step: StepLogits, trees: Sequence[TokenTree | None], samplers: Sequence[Sampler]) -> list[Choice | None]:
+def choose(
+    step: StepLogits, trees: Sequence[TokenTree | None], samplers: Sequence[Sampler], ranks: int = 0
+) -> list[Choice | None]:
     """Walk every sequence's tree and emit its tokens; None where the sequence has ended.
 
     The walk starts at the root and follows the child that holds the emitted token; it ends where there is none, so a
     fully matched candidate still gives its bonus token, or where the text ends. Nothing is drawn or processed
     past that.
+
+    Args:
+        ranks: how many of the best tokens of each node go into the choice.
     """
     best = step.argmax()
+    top = step.top(ranks) if ranks else None
     row_of = {node: row for row, node in enumerate(step.nodes)}
     choices: list[Choice | None] = []
     for b, (tree, sampler) in enumerate(zip(trees, samplers, strict=True)):
@@ -150,5 +187,6 @@ def choose(step: StepLogits, trees: Sequence[TokenTree | None], samplers: Sequen
             path.append(node)
             node = tree.child(node, tokens[-1])
         window_tokens = tuple(best[b][row_of[n]] for n in tree.last_row)
-        choices.append(Choice(tuple(tokens), tuple(path), window_tokens))
+        ranked = {n: top[b][row] for n, row in row_of.items() if n < len(tree)} if top else {}
+        choices.append(Choice(tuple(tokens), tuple(path), window_tokens, ranked))
     return choices

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from . import __version__
 from .bench.command import bench
 from .cli_common import DTYPES, Problem, config_of, encode, first_line, load, read_prompts, room, sampling
-from .config import PLAIN, SOURCES, LookaheadConfig
+from .config import MAX_ROWS, PLAIN, SOURCES, LookaheadConfig
 from .exactness import compare
 from .hf import LookaheadDecoding, Run, call_generate, context_of
 from .target import COMPILE
@@ -114,12 +115,31 @@ def _model_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _lookahead_options(command: Callable[..., None]) -> Callable[..., None]:
-    default = LookaheadConfig()
+    """Options of lookahead decoding, which the command gets as `config`, and `compile`."""
+
+    @functools.wraps(command)
+    def configured(
+        window_size: int | None,
+        ngram_size: int | None,
+        verification_set_size: int | None,
+        sources: str | None,
+        max_rows: int | None,
+        paper: bool,
+        **rest: Any,
+    ) -> None:
+        sizes = (window_size, ngram_size, verification_set_size)
+        command(config=config_of(sizes, sources, max_rows, paper), **rest)
+
+    wrapped: Callable[..., None] = configured
     for option in (
-        click.option("-W", "--window-size", default=default.window_size, show_default=True),
-        click.option("-N", "--ngram-size", default=default.ngram_size, show_default=True),
-        click.option("-G", "--verification-set-size", default=default.verification_set_size, show_default=True),
-        click.option("--sources", default=",".join(SOURCES), show_default=True, help="Separated by commas."),
+        click.option("-W", "--window-size", type=int, help="Of the window. Default: what pays, which may be none."),
+        click.option("-N", "--ngram-size", type=int, help="Of the window's n-grams."),
+        click.option("-G", "--verification-set-size", type=int, help="N-grams kept per first token."),
+        click.option("--sources", help=f"Separated by commas. Default: {','.join(SOURCES)}."),
+        click.option("--max-rows", type=int, help=f"Rows of a step at most.  [default: {MAX_ROWS}]"),
+        click.option(
+            "--paper", is_flag=True, help="The paper's algorithm with a fixed W, N, G (15, 5, 15), no prices."
+        ),
         click.option(
             "--compile",
             type=click.Choice(COMPILE),
@@ -128,8 +148,8 @@ def _lookahead_options(command: Callable[..., None]) -> Callable[..., None]:
             help="How a step runs; full compiles it, which takes minutes on a CPU.",
         ),
     ):
-        command = option(command)
-    return command
+        wrapped = option(wrapped)
+    return wrapped
 
 
 def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -188,16 +208,13 @@ def generate(
     top_k: int | None,
     top_p: float | None,
     seed: int,
-    window_size: int,
-    ngram_size: int,
-    verification_set_size: int,
-    sources: str,
+    config: LookaheadConfig,
     compile: str,
     plain: bool,
     as_json: bool,
 ) -> None:
     """Continue one prompt, or every prompt of a file."""
-    config = PLAIN if plain else config_of(window_size, ngram_size, verification_set_size, sources)
+    config = PLAIN if plain else config
     if prompt is not None and prompts is not None:
         raise Problem("--prompt and --prompts exclude each other: give one of them")
     if prompt is None and prompts is None:
@@ -275,17 +292,13 @@ def chat(
     top_k: int | None,
     top_p: float | None,
     seed: int,
-    window_size: int,
-    ngram_size: int,
-    verification_set_size: int,
-    sources: str,
+    config: LookaheadConfig,
     compile: str,
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, Ctrl-D or an empty line ends the talk.
 
     Uses the tokenizer's chat template; without one, the model continues the text so far.
     """
-    config = config_of(window_size, ngram_size, verification_set_size, sources)
     target, tokenizer = load(model, dtype, device, trust_remote_code)
     messages: list[dict[str, str]] = []
     plain_text = ""
@@ -351,10 +364,7 @@ def verify(
     top_k: int | None,
     top_p: float | None,
     seed: int,
-    window_size: int,
-    ngram_size: int,
-    verification_set_size: int,
-    sources: str,
+    config: LookaheadConfig,
     compile: str,
 ) -> None:
     """Compare with plain decoding, token by token, prompt by prompt.
@@ -362,7 +372,6 @@ def verify(
     Prints how many outputs are identical to `model.generate`, and each first divergence with its margin. Exit code 1
     where one is a bug by the contract in docs/exactness.md.
     """
-    config = config_of(window_size, ngram_size, verification_set_size, sources)
     texts = read_prompts(prompts, field, limit)
     target, tokenizer = load(model, dtype, device, trust_remote_code)
     encoded = [encode(target, tokenizer, text, f"prompt {i}") for i, text in enumerate(texts, 1)]
@@ -390,14 +399,11 @@ def verify(
 @cli.command()
 @click.option("--max-new-tokens", type=click.IntRange(1), default=120, show_default=True)
 @_lookahead_options
-def demo(
-    max_new_tokens: int, window_size: int, ngram_size: int, verification_set_size: int, sources: str, compile: str
-) -> None:
+def demo(max_new_tokens: int, config: LookaheadConfig, compile: str) -> None:
     """Watch pocket write Python, plain and with lookahead decoding, in float32 on the CPU.
 
     Exit code 1 if the two texts differ.
     """
-    config = config_of(window_size, ngram_size, verification_set_size, sources)
     model, tokenizer = load("pocket", "float32", "cpu", False)
     console = Console(highlight=False)
     console.print("Each colour is one step: one forward of the model. Plain decoding gives one token per step.\n")

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import pocket_path
-from .config import LookaheadConfig
+from .config import SOURCES, LookaheadConfig
 from .hf import context_of
 from .target import probe
 
@@ -104,10 +104,19 @@ def sampling(temperature: float, top_k: int | None = None, top_p: float | None =
     return options | {k: v for k, v in (("top_k", top_k), ("top_p", top_p)) if v is not None}
 
 
-def config_of(window_size: int, ngram_size: int, verification_set_size: int, sources: str) -> LookaheadConfig:
-    """Settings from the options of a command."""
-    names = tuple(name.strip() for name in sources.split(",") if name.strip())
+def config_of(
+    sizes: tuple[int | None, int | None, int | None],
+    sources: str | None = None,
+    max_rows: int | None = None,
+    paper: bool = False,
+) -> LookaheadConfig:
+    """Settings from the options of a command: W, N and G, and for the paper's algorithm its own defaults."""
+    default: Sequence[str] = ("window",) if paper else SOURCES
+    names = default if sources is None else [name.strip() for name in sources.split(",") if name.strip()]
+    if paper:
+        w, n, g = (given if given is not None else usual for given, usual in zip(sizes, (15, 5, 15), strict=True))
+        sizes = (w, n, g)
     try:
-        return LookaheadConfig(window_size, ngram_size, verification_set_size, names)
+        return LookaheadConfig(*sizes, tuple(names), max_rows=max_rows, adaptive=not paper)
     except (TypeError, ValueError) as error:
         raise Problem(str(error)) from error

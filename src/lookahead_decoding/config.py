@@ -2,49 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-SOURCES = ("window", "prompt", "output")
+SOURCES = ("window", "prompt", "output", "recycled")
+
+MAX_ROWS = 64
+"""Rows of a step at most, where the caller says nothing."""
 
 
 @dataclass(frozen=True)
 class LookaheadConfig:
-    """How many tokens one step guesses and checks (W, N and G of the paper, arXiv 2402.02057, section 3).
+    """What one step may guess and check. Nothing has to be given: what is left out adapts while decoding.
 
     Attributes:
-        window_size: W, columns of the window: how many future positions are guessed at once. At least 1.
-        ngram_size: N, length of the n-grams in the pool: a candidate has N - 1 draft tokens. At least 2.
-        verification_set_size: G, n-grams kept per first token, and so the most candidates checked in a step. At
-            least 0, which checks none.
-        sources: where candidates come from, any of "window", "prompt" and "output". None at all is plain decoding.
+        window_size: W, columns of the window (arXiv 2402.02057, section 3): how many future positions are guessed at
+            once. At least 1. Left out, the window has the size that pays, which may be none.
+        ngram_size: N, length of the window's n-grams. At least 2.
+        verification_set_size: G, n-grams kept per first token. At least 0, which keeps none.
+        sources: where candidates come from, any of "window", "prompt", "output" and "recycled". None at all is plain
+            decoding.
+        max_rows: nodes of one sequence's tree at most, root and window included. A fixed window must fit.
+        step_times: t(n) as pairs of rows and time, in any unit, between which lines are drawn; one pair says that rows
+            cost nothing. Left out, times are measured. The tokens do not depend on them, only the trees do.
+        adaptive: False is the paper's algorithm, with all three sizes given: a fixed window, n-grams of the
+            window, prompt and output in one pool that is asked at the root, and every candidate taken. See `paper`.
         window_seed: seeds the window's random first row. It changes how many steps the text takes, never the text.
 
     Raises:
-        TypeError: a size is not an integer, or `sources` is not a sequence of names.
-        ValueError: a size is out of range, or a source is unknown.
+        TypeError: a size is not an integer, or a sequence is not one.
+        ValueError: a value is out of range, or a source is unknown.
     """
 
-    window_size: int = 15
-    ngram_size: int = 5
-    verification_set_size: int = 15
+    window_size: int | None = None
+    ngram_size: int | None = None
+    verification_set_size: int | None = None
     sources: tuple[str, ...] = SOURCES
+    max_rows: int | None = None
+    step_times: tuple[tuple[int, float], ...] | None = None
+    adaptive: bool = True
     window_seed: int = 0
+
+    @classmethod
+    def paper(
+        cls,
+        window_size: int = 15,
+        ngram_size: int = 5,
+        verification_set_size: int = 15,
+        sources: Sequence[str] = ("window",),
+        window_seed: int = 0,
+    ) -> LookaheadConfig:
+        """The paper's algorithm with a fixed (W, N, G), for comparison; also with the n-grams of prompt and output."""
+        return cls(
+            window_size, ngram_size, verification_set_size, tuple(sources), adaptive=False, window_seed=window_seed
+        )
+
+    @property
+    def most_rows(self) -> int:
+        """Nodes of the largest tree."""
+        if not self.sources:
+            return self.max_rows or 1
+        if self.max_rows is not None or self.adaptive:
+            return self.max_rows or MAX_ROWS
+        assert self.window_size is not None
+        assert self.ngram_size is not None
+        assert self.verification_set_size is not None
+        return (self.ngram_size - 1) * (self.window_size + self.verification_set_size)
 
     def __call__(self, *args: object, **kwargs: object) -> NoReturn:
         """`custom_generate=` passes over what it cannot call; a config would be ignored there without a word."""
         raise TypeError("custom_generate takes a LookaheadDecoding: pass LookaheadDecoding(config)")
 
     def __post_init__(self) -> None:
-        least = {"window_size": 1, "ngram_size": 2, "verification_set_size": 0}
+        least = {"window_size": 1, "ngram_size": 2, "verification_set_size": 0, "max_rows": 1}
         for name in (*least, "window_seed"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
+            if (not isinstance(value, int) or isinstance(value, bool)) and not (value is None and name in least):
                 raise TypeError(f"{name} must be an integer, got {value!r}")
         for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name} must be at least {bound}, got {getattr(self, name)}")
+            if (value := getattr(self, name)) is not None and value < bound:
+                raise ValueError(f"{name} must be at least {bound}, got {value}")
         if (
             isinstance(self.sources, str)
             or not isinstance(self.sources, Sequence)
@@ -57,6 +95,34 @@ class LookaheadConfig:
                 raise ValueError(f"unknown source {name!r}: choose from {', '.join(SOURCES)}")
         if len(set(self.sources)) < len(self.sources):
             raise ValueError(f"sources names one twice: {', '.join(self.sources)}")
+        if self.step_times is not None:
+            object.__setattr__(self, "step_times", _step_times(self.step_times))
+        if not self.adaptive:
+            for name in ("window_size", "ngram_size", "verification_set_size"):
+                if getattr(self, name) is None:
+                    raise ValueError(f"adaptive=False needs {name}: use LookaheadConfig.paper(W, N, G)")
+            if "recycled" in self.sources:
+                raise ValueError(
+                    "adaptive=False is the paper's algorithm, which has no source 'recycled': leave it out"
+                )
+        if self.window_size is not None and "window" in self.sources:
+            rows = ((self.ngram_size or 2) - 1) * self.window_size
+            if rows > self.most_rows:
+                raise ValueError(f"the window has {rows} rows and max_rows is {self.most_rows}: make one fit the other")
+
+
+def _step_times(pairs: Iterable[Sequence[float]]) -> tuple[tuple[int, float], ...]:
+    try:
+        times = tuple((int(rows), float(time)) for rows, time in pairs)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"step_times must be pairs of rows and time, such as ((1, 2.0), (64, 3.5)), got {pairs!r}"
+        ) from None
+    if not times or any(rows < 1 or not 0 < time < float("inf") for rows, time in times):
+        raise ValueError(f"step_times needs rows of at least 1 and times above 0, got {times}")
+    if len({rows for rows, _ in times}) < len(times):
+        raise ValueError(f"step_times names a number of rows twice, got {times}")
+    return times
 
 
 PLAIN = LookaheadConfig(sources=())

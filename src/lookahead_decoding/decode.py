@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from time import perf_counter
 
+from .budget import Budget
 from .choose import Sampler, choose
 from .config import LookaheadConfig
-from .lookahead import Choice, Lookahead, Propose, max_rows
+from .lookahead import Choice, Lookahead, max_rows
+from .sources import Propose
 from .stats import Stats
 from .target import SINGLE, Target
 from .tree import TokenTree
@@ -63,14 +65,18 @@ def decode(
         needed = length + request.limit - request.cached + max_rows(config, own_source=request.propose is not None)
         if needed > target.capacity:
             raise ValueError(f"the target's capacity is {target.capacity} slots, and a request needs {needed}")
-    lookaheads = [Lookahead(r.prompt, config, limit=r.limit, stop_ids=r.barred, propose=r.propose) for r in requests]
+    lookaheads = [
+        Lookahead(r.prompt, config, limit=r.limit, stop_ids=r.barred, propose=r.propose, counts=stats.sources)
+        for r in requests
+    ]
+    budget = Budget(target.step_times(config), config, own_source=any(r.propose for r in requests))
     samplers = [r.sampler for r in requests]
     trees: list[TokenTree | None] = [SINGLE] * len(requests)
     with _timed(stats, "prefill"):
         logits = target.prefill([r.prompt[r.cached :] for r in requests])
     while True:
         with _timed(stats, "choose"):
-            choices = choose(logits, trees, samplers)
+            choices = choose(logits, trees, samplers, ranks=budget.ranks)
         with _timed(stats, "observe"):
             for lookahead, choice in zip(lookaheads, choices, strict=True):
                 if choice is not None:
@@ -78,12 +84,13 @@ def decode(
             stats.count(trees, choices)
         with _timed(stats, "commit"):
             target.commit([choice.path if choice else () for choice in choices])
+        budget.spent(stats.step_seconds)
         yield choices
         if all(s.finish_reason for s in samplers):
             return
         with _timed(stats, "plan"):
             pairs = zip(lookaheads, samplers, strict=True)
-            trees = [None if sampler.finish_reason else lookahead.plan() for lookahead, sampler in pairs]
+            trees = budget.plan([None if sampler.finish_reason else lookahead for lookahead, sampler in pairs])
         with _timed(stats, "forward"):
             logits = target.forward(trees)
 

@@ -36,7 +36,8 @@ from transformers.generation.streamers import BaseStreamer
 from .choose import Sampler
 from .config import LookaheadConfig
 from .decode import Request, decode
-from .lookahead import Choice, Propose, max_rows
+from .lookahead import Choice, max_rows
+from .sources import Propose
 from .stats import Stats
 from .target import Target, check_length, probe
 

@@ -11,14 +11,20 @@ class NgramPool:
 
     Args:
         size: G, the verification set size. 0 keeps nothing.
+        tails: of an n-gram that is added, keep the shorter ones it ends with as well, under their own first tokens.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, tails: bool = False) -> None:
         self._size = size
+        self._tails = tails
         self._found: dict[int, OrderedDict[tuple[int, ...], None]] = {}
 
     def add(self, ngram: Sequence[int]) -> None:
         """Remember an n-gram; one of fewer than two tokens says nothing and is passed over."""
+        for start in range(len(ngram) - 1 if self._tails else 1):
+            self._add(ngram[start:])
+
+    def _add(self, ngram: Sequence[int]) -> None:
         if len(ngram) < 2 or not self._size:
             return
         entry = self._found.setdefault(ngram[0], OrderedDict())

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .lookahead import Choice
+from .sources import SourceCount
 from .tree import TokenTree
 
 PHASES = ("plan", "forward", "choose", "observe", "commit")
@@ -26,6 +27,8 @@ class Stats:
         accepted: draft tokens that matched and were kept.
         drafted: draft tokens put up for verification.
         rows: nodes fed in steps, padding included.
+        plain_steps: steps that fed the current tokens alone.
+        sources: drafts by the name of their source: "suffix" (of prompt and output), "recycled", "window", "own".
         seconds: time in prefill and in each part of a step, by name.
     """
 
@@ -36,13 +39,17 @@ class Stats:
     accepted: int = 0
     drafted: int = 0
     rows: int = 0
+    plain_steps: int = 0
+    sources: dict[str, SourceCount] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("prefill", *PHASES), 0.0))
 
     def count(self, trees: Sequence[TokenTree | None], choices: Sequence[Choice | None]) -> None:
         """Add one forward: the trees that were fed and what came of each."""
         live = [(tree, choice) for tree, choice in zip(trees, choices, strict=True) if tree and choice]
         if self.forwards:
-            self.rows += len(trees) * max(len(tree) for tree, _ in live)
+            longest = max(len(tree) for tree, _ in live)
+            self.rows += len(trees) * longest
+            self.plain_steps += longest == 1
         self.sequences = max(self.sequences, len(trees))
         self.forwards += 1
         self.sequence_forwards += len(live)
@@ -74,6 +81,16 @@ class Stats:
     def step_compression(self) -> float:
         """Tokens per forward and sequence, prefill included: the paper's S."""
         return self.tokens / self.sequence_forwards if self.sequence_forwards else 1.0
+
+    @property
+    def step_seconds(self) -> float:
+        """Time in all steps, and in what prefill leaves to do after its forward."""
+        return sum(self.seconds[phase] for phase in PHASES)
+
+    @property
+    def plain_share(self) -> float:
+        """Share of steps that fed the current tokens alone."""
+        return self.plain_steps / self.steps if self.steps else 0.0
 
     @property
     def rows_per_step(self) -> float:

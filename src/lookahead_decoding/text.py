@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import LookaheadConfig
 from .hf import LookaheadDecoding, Run, call_generate
-from .lookahead import Propose
+from .sources import Propose
 from .stats import Stats
 
 

@@ -6,23 +6,23 @@ import inspect
 from typing import Any
 
 import lookahead_decoding as ld
-
-DEFAULT = ld.LookaheadConfig()
+from lookahead_decoding.config import SOURCES
 
 
 def generate(
     model: Any,
     *,
     lookahead: ld.LookaheadConfig | None = None,
-    window_size: int = DEFAULT.window_size,
-    ngram_size: int = DEFAULT.ngram_size,
-    verification_set_size: int = DEFAULT.verification_set_size,
-    sources: tuple[str, ...] = DEFAULT.sources,
+    window_size: int | None = None,
+    ngram_size: int | None = None,
+    verification_set_size: int | None = None,
+    sources: tuple[str, ...] = SOURCES,
+    max_rows: int | None = None,
     compile: str = "auto",
     **kwargs: Any,
 ) -> Any:
     """`model.generate` with lookahead decoding: everything else is passed on."""
-    config = lookahead or ld.LookaheadConfig(window_size, ngram_size, verification_set_size, sources)
+    config = lookahead or ld.LookaheadConfig(window_size, ngram_size, verification_set_size, sources, max_rows)
     decoding = ld.LookaheadDecoding(config, compile=compile)
     named = inspect.signature(model.generate).parameters  # transformers fills in those that the caller left out
     return ld.generate(

@@ -16,7 +16,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cli_common import DTYPES, Problem, config_of, encode, first_line, load, read_prompts, room, sampling
-from ..config import SOURCES, LookaheadConfig
+from ..config import LookaheadConfig
 from ..hf import LookaheadDecoding, generate
 from ..stats import Stats
 from ..target import COMPILE
@@ -68,8 +68,9 @@ def _cpuinfo() -> list[str]:
     show_default=True,
     help=f"Of {', '.join(METHODS)}; with @dtype behind it a method runs in that dtype.",
 )
-@click.option("--config", default="15,5,15", show_default=True, help="W,N,G")
-@click.option("--sources", default=",".join(SOURCES), show_default=True, help="Where lookahead takes candidates from.")
+@click.option("--config", default="auto", show_default=True, help="Of lookahead: auto, or the paper's with W,N,G.")
+@click.option("--sources", help="Where lookahead takes candidates from. Default: all, or the paper's window.")
+@click.option("--max-rows", type=click.IntRange(1), help="Rows of a step at most.")
 @click.option(
     "--compile", type=click.Choice(COMPILE), default="auto", show_default=True, help="Of ours, and of hf-static."
 )
@@ -94,7 +95,8 @@ def run(
     device: str | None,
     methods: str,
     config: str,
-    sources: str,
+    sources: str | None,
+    max_rows: int | None,
     compile: str,
     batch_size: int,
     temperature: float,
@@ -116,7 +118,7 @@ def run(
     if replay is not None and (temperature or batch_size > 1):
         raise Problem("--replay forces the tokens of one prompt at a time: leave --temperature and --batch-size out")
     texts = read_prompts(prompts, field, limit)
-    settings = _config(config, sources)
+    settings = _config(config, sources, max_rows)
     wanted = [name.strip().partition("@")[::2] for name in methods.split(",")]
     loaded: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = {}
     made = []
@@ -149,7 +151,7 @@ def run(
         command=shlex.join(["lookahead", *sys.argv[1:]]),
         model=model if model == "pocket" else Path(model).name,
         prompts=prompts.name,
-        mode=f"{mode}, {config} from {sources}" + (f", batches of {batch_size}" if batch_size > 1 else ""),
+        mode=f"{mode}, {_named(config, sources, max_rows)}" + (f", batches of {batch_size}" if batch_size > 1 else ""),
         compile=compile,
         device=_device_name(target.device),
         threads=torch.get_num_threads(),
@@ -179,12 +181,20 @@ def run(
         result.plot(plot)
 
 
-def _config(text: str, sources: str) -> LookaheadConfig:
+def _config(text: str, sources: str | None, max_rows: int | None = None) -> LookaheadConfig:
+    if text == "auto":
+        return config_of((None, None, None), sources, max_rows)
     try:
         w, n, g = (int(part) for part in text.split(","))
     except ValueError as error:
-        raise Problem(f"--config takes three numbers W,N,G, such as 15,5,15; got {text!r}") from error
-    return config_of(w, n, g, sources)
+        raise Problem(f"--config takes auto, or three numbers W,N,G such as 15,5,15; got {text!r}") from error
+    return config_of((w, n, g), sources, max_rows, paper=True)
+
+
+def _named(config: str, sources: str | None, max_rows: int | None = None) -> str:
+    """The settings of lookahead in words."""
+    parts = [config, f"from {sources}" if sources else "", f"at most {max_rows} rows" if max_rows else ""]
+    return " ".join(part for part in parts if part)
 
 
 def _numbers(option: str, text: str) -> list[int]:
@@ -241,8 +251,8 @@ def _show(result: Result) -> None:
 @click.option("--contexts", default="256,1024,4096", show_default=True)
 @click.option("--repeat", type=click.IntRange(1), default=15, show_default=True)
 @click.option("--compile", type=click.Choice(COMPILE), default="auto", show_default=True, help="Of our step.")
-@click.option("--config", default="15,5,15", show_default=True, help="W,N,G of the shares.")
-@click.option("--sources", default=",".join(SOURCES), show_default=True)
+@click.option("--config", default="auto", show_default=True, help="Of the shares: auto, or the paper's with W,N,G.")
+@click.option("--sources", help="Of the shares. Default: all, or the paper's window.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--trust-remote-code", is_flag=True)
 def step(
@@ -254,7 +264,7 @@ def step(
     repeat: int,
     compile: str,
     config: str,
-    sources: str,
+    sources: str | None,
     json_path: Path | None,
     trust_remote_code: bool,
 ) -> None:
@@ -296,7 +306,7 @@ def step(
             "parameters": sum(p.numel() for p in target.parameters()),
             "dtype": dtype,
             "compile": compile,
-            "config": f"{config} from {sources}",
+            "config": _named(config, sources),
             "device": _device_name(target.device),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,

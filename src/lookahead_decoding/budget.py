@@ -1,0 +1,283 @@
+"""How many rows a step has: as many as pay.
+
+The rule (docs/design.md): a step of n rows takes t(n) and is expected to give 1 + the chances of its nodes. Nodes are
+taken in order of their chance while tokens per second rise. Plain decoding is the case where none pays. The same rule
+serves a batch, whose trees have a common size, since t depends on all rows together.
+
+Times decide how many forwards a text takes, never which tokens it has.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from statistics import median
+
+from .config import LookaheadConfig
+from .grow import GrowingTree
+from .lookahead import NGRAM_SIZE, Lookahead, max_rows
+from .sources import RANKS
+from .tree import TokenTree
+
+SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 192, 256)
+"""Rows per sequence that a step may have."""
+
+KEPT = 9
+"""Times remembered per size; their median counts."""
+
+SLOPE = 0.02
+"""What a row is assumed to cost, as a share of a step of one row, until steps of two sizes were timed."""
+
+
+class StepTimes:
+    """t(n): how long a step takes by the rows of a sequence, in any unit.
+
+    Args:
+        known: rows and times that were measured before, and hold; without them they come from the steps as they run.
+    """
+
+    def __init__(self, known: Iterable[tuple[int, float]] = ()) -> None:
+        self._points = sorted((float(rows), float(time)) for rows, time in known)
+        self.fixed = bool(self._points)
+        self._seen: dict[int, deque[tuple[int, float]]] = {}
+        self._table: dict[int, float] = {}
+
+    def add(self, rows: int, time: float) -> None:
+        """A step of so many rows took so long. The first of each size does not count: it may have been made ready."""
+        if self.fixed:
+            return
+        size = next((s for s in SIZES if s >= rows), rows)
+        if size not in self._seen:
+            self._seen[size] = deque(maxlen=KEPT)
+            return
+        self._seen[size].append((rows, time))
+        self._points = sorted(
+            (median(r for r, _ in seen), median(t for _, t in seen)) for seen in self._seen.values() if seen
+        )
+        for i in range(1, len(self._points)):  # more rows never take less time
+            rows_i, time_i = self._points[i]
+            self._points[i] = rows_i, max(time_i, self._points[i - 1][1])
+        self._table = {}
+
+    def samples(self, rows: int) -> int:
+        """Steps of so many rows that were timed."""
+        return len(self._seen.get(rows, ()))
+
+    def __call__(self, rows: int) -> float:
+        """The time of a step of so many rows: on a line between two that are known, or on the last such line."""
+        known = self._table.get(rows)
+        if known is None:
+            known = self._table[rows] = self._between(rows)
+        return known
+
+    def _between(self, rows: int) -> float:
+        points = self._points
+        if not points:
+            return 1 + SLOPE * (rows - 1)
+        if len(points) == 1:
+            base = points[0][1] / (1 + SLOPE * (points[0][0] - 1))
+            return base * (1 + SLOPE * (rows - 1)) if not self.fixed else points[0][1]
+        after = next((i for i, (at, _) in enumerate(points) if at >= rows), len(points) - 1) or 1
+        (x0, y0), (x1, y1) = points[after - 1], points[after]
+        if rows > x1:  # past what is known a row costs what it costs on the whole way there
+            x0, y0 = points[0]
+        return max(y0 + (y1 - y0) * (rows - x0) / (x1 - x0), 1e-9)
+
+
+SHAPES = ((0, 0), (3, 3), (5, 4), (10, 5))
+"""Window and n-gram sizes that an adaptive window moves between; the first is no window."""
+
+
+def window_rows(shape: tuple[int, int]) -> int:
+    """Nodes of a window besides the root: N - 1 rows of W columns."""
+    window_size, ngram_size = shape
+    return max(0, (ngram_size - 1) * window_size - 1)
+
+
+def window_shapes(config: LookaheadConfig, most_rows: int) -> list[tuple[int, int]]:
+    """The sizes that the window may have, smallest first; one that the caller fixed is the only one."""
+    if "window" not in config.sources:
+        return [(0, 0)]
+    if config.window_size is not None:
+        return [(config.window_size, config.ngram_size or NGRAM_SIZE)]
+    shapes = [(w, config.ngram_size or n) if w else (0, 0) for w, n in SHAPES]
+    return [shape for shape in shapes if window_rows(shape) <= most_rows // 2]
+
+
+class Budget:
+    """Plans the trees of a step, of all sequences together.
+
+    Args:
+        times: t(n).
+        config: the sources, and what is fixed.
+        own_source: whether the sequences have a source of the caller's.
+
+    Attributes:
+        ranks: how many of the target's best tokens per node the planned step will be learned from.
+    """
+
+    _timed_first = 3  # plain steps that are timed before anything else, since all is compared with them
+    _timed_again = 128  # steps after which a plain one is timed again
+    _patience = 8  # plain steps in a row before the sources rest
+    _longest_rest = 32
+
+    def __init__(self, times: StepTimes, config: LookaheadConfig, own_source: bool = False) -> None:
+        self._times = times
+        self._most = max_rows(config, own_source)
+        self._idle = not config.sources and not own_source
+        self._window = WindowInvestment(window_shapes(config, self._most))
+        self._steps = 0
+        self._plain = 0
+        self._rest = 0
+        self._rows = 0
+        self._floor = 0.0
+        self._spent = 0.0
+        self._ranks = RANKS if "recycled" in config.sources else 0
+        self.ranks = self._ranks
+
+    def plan(self, lookaheads: Sequence[Lookahead | None]) -> list[TokenTree | None]:
+        """One tree per sequence; None stays None."""
+        self._steps += 1
+        if self._idle or self._is_timing() or self._rest:
+            self._rest = max(0, self._rest - 1)
+            self._rows, self.ranks = 1, 0
+            return [lookahead.plain() if lookahead else None for lookahead in lookaheads]
+        if self._steps % 16 == 1:
+            self._floor = self._least_chance()
+        self.ranks = self._ranks
+        running = [lookahead for lookahead in lookaheads if lookahead]
+        self._window.apply(running)
+        growing = [lookahead.grow(self._floor) for lookahead in running]
+        self._rows, _ = best_rows(growing, self._times, self._most)
+        self._window.reconsider(running, growing, self._times, self._most)
+        self._plain = self._plain + 1 if self._rows == 1 else 0
+        if self._plain >= self._patience:
+            self._rest = min(1 << (self._plain - self._patience), self._longest_rest)
+        trees = iter(growing)
+        return [next(trees).tree(self._rows) if lookahead else None for lookahead in lookaheads]
+
+    def spent(self, total: float) -> None:
+        """Take note of the time that all steps so far have taken; what was added is the planned one's."""
+        if self._rows:
+            self._times.add(self._rows, total - self._spent)
+        self._spent = total
+
+    def _is_timing(self) -> bool:
+        """Whether this step is plain for the clock's sake: first of all, and rarely later."""
+        if self._times.fixed:
+            return False
+        return self._times.samples(1) < self._timed_first or self._steps % self._timed_again == 0
+
+    def _least_chance(self) -> float:
+        """Half of what a node's chance must be to pay anywhere."""
+        times = self._times
+        sizes = [s for s in SIZES if s <= self._most]
+        prices = [(times(b) - times(a)) / (b - a) / times(b) for a, b in pairwise(sizes)]
+        return 0.5 * min(prices, default=0.0)
+
+
+def best_rows(growing: Sequence[GrowingTree], times: StepTimes, most: int, start: int = 1) -> tuple[int, float]:
+    """The size at which a step gives the most tokens per time, and that rate.
+
+    The trees grow while a larger size could still be better: no node is likelier than the one before it.
+
+    Args:
+        growing: the trees of all sequences.
+        most: rows of a tree at most.
+        start: the smallest size.
+    """
+    best, rate = 0, 0.0
+    sizes = sorted({max(start, *map(len, growing)), *(s for s in SIZES if s < most), most})
+    sizes = sizes[bisect_left(sizes, max(map(len, growing))) :]
+    for i, size in enumerate(sizes):
+        expected = sum(tree.grow(size) for tree in growing)
+        rows = max(map(len, growing))
+        if expected > rate * times(rows):
+            best, rate = rows, expected / times(rows)
+        chance = sum(tree.next_chance for tree in growing)
+        if not chance or all(expected + chance * (s - size) <= rate * times(s) for s in sizes[i + 1 :]):
+            break
+    return best, rate
+
+
+class WindowInvestment:
+    """How large the window is: its rows cost now, and its n-grams may be accepted later.
+
+    A window brings the accepted tokens that only its n-grams proposed; its rows cost the time they take, and the
+    candidates that they leave no room for. Another size is taken when it was better by a margin for a while.
+
+    Args:
+        shapes: the sizes it may have, smallest first.
+    """
+
+    _assumed = 0.045  # tokens per step that the smallest window is assumed to bring, until it was tried
+    _memory = 0.03  # share of the newest step in what a window brings
+    _looked_at = 8  # steps between two comparisons
+    _weight = 0.25  # of the newest comparison
+    _margin = 1.02
+    _forgotten = 1024  # steps after which what was tried is assumed anew
+
+    def __init__(self, shapes: Sequence[tuple[int, int]]) -> None:
+        self._shapes = list(shapes)
+        self._at = 0
+        self._steps = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        rows = [window_rows(shape) for shape in self._shapes]
+        least = min((r for r in rows if r), default=1)
+        # A larger window brings more, but less per row.
+        self._brings = [self._assumed * (r / least) ** 0.5 for r in rows]
+        self._better = [1.0] * len(rows)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """W and N for the moment."""
+        return self._shapes[self._at]
+
+    def apply(self, lookaheads: Iterable[Lookahead]) -> None:
+        """Give every sequence the window of the moment."""
+        for lookahead in lookaheads:
+            lookahead.resize(*self.shape)
+
+    def reconsider(
+        self, lookaheads: Sequence[Lookahead], growing: Sequence[GrowingTree], times: StepTimes, most: int
+    ) -> None:
+        """Learn what the last step's window brought and, now and then, compare with the next smaller and larger one.
+
+        Args:
+            growing: the trees of the step being planned, grown as far as they paid.
+        """
+        if len(self._shapes) == 1:
+            return
+        self._steps += 1
+        if self._at:
+            gain = sum(lookahead.window_gain for lookahead in lookaheads) / len(lookaheads)
+            self._brings[self._at] += self._memory * (gain - self._brings[self._at])
+        if self._steps % self._forgotten == 0:
+            self._forget()
+        if self._steps % self._looked_at:
+            return
+        here = self._rate(self._at, growing, times, most)
+        for other in (self._at - 1, self._at + 1):
+            if 0 <= other < len(self._shapes):
+                ratio = self._rate(other, growing, times, most) / here
+                self._better[other] += self._weight * (ratio - self._better[other])
+                if self._better[other] > self._margin:
+                    self._at, self._better = other, [1.0] * len(self._shapes)
+                    return
+
+    def _rate(self, shape: int, growing: Sequence[GrowingTree], times: StepTimes, most: int) -> float:
+        """Tokens per time with a window of another shape and the candidates there are."""
+        rows = 1 + window_rows(self._shapes[shape])
+        now = self._brings[self._at] if self._at else 0.0
+        brings = len(growing) * ((self._brings[shape] if shape else 0.0) - now)
+        best = 0.0
+        for candidates in range(max(len(tree.expected) for tree in growing)):
+            if rows + candidates > most:
+                break
+            expected = sum(tree.expected[min(candidates, len(tree.expected) - 1)] for tree in growing)
+            best = max(best, (expected + brings) / times(rows + candidates))
+        return best or 1e-9

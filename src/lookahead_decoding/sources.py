@@ -1,0 +1,269 @@
+"""Where candidates come from.
+
+Every source is asked at every node of the growing tree what may follow there. It answers with tokens, and with each a
+*mark*: how it knows, as a small integer (the rank among its answers, the length of a match). The marks of all sources
+that name the same token are its *evidence*, under which its acceptance is counted. A source keeps a state per node, so
+that asking one node further down costs no new search.
+
+Verification does not care who proposed what, so a source can be wrong and never changes the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from .pool import NgramPool
+from .suffix import NOWHERE, Match, SuffixAutomaton
+
+Propose = Callable[[Sequence[int]], Iterable[Sequence[int]]]
+"""A source of one's own: the text so far, prompt included, to the draft tokens of some candidates."""
+
+RANKS = 8
+"""Choices of the target that the recycled source keeps per context."""
+
+CONTEXTS = 1 << 17
+"""Contexts that the recycled source remembers, of one token and of two each; the oldest leave."""
+
+
+@dataclass
+class SourceCount:
+    """Drafts of one source.
+
+    Attributes:
+        proposed: draft tokens that were fed and that it had proposed, alone or with others.
+        accepted: those of them that matched.
+        rows: nodes fed for it: a draft that several proposed counts in equal parts, and the window's own nodes count
+            for the window.
+    """
+
+    proposed: int = 0
+    accepted: int = 0
+    rows: float = 0.0
+
+
+class Source(Protocol):
+    """What the growing tree asks.
+
+    Attributes:
+        name: under which its drafts are counted.
+        bits: of a mark.
+    """
+
+    name: str
+    bits: int
+
+    def root(self, text: Sequence[int]) -> Any:
+        """The state at the root: the end of the text."""
+
+    def follow(self, state: Any, token: int) -> Any:
+        """The state one node further down."""
+
+    def propose(self, state: Any) -> Iterable[tuple[int, int]]:
+        """Tokens that may follow, best first and each once, with their marks, from 1 on."""
+
+    def prior(self, mark: int) -> float:
+        """The chance of a draft with this mark, before anything is known about it."""
+
+
+class SuffixSource:
+    """The longest earlier occurrence of the text's end, and what followed it.
+
+    Args:
+        prompt: tokens of the prompt.
+        sources: "prompt" and "output", or one of them: what is searched.
+    """
+
+    name = "suffix"
+    bits = 5
+    _continuations = 3
+    _lengths = (2, 3, 4, 6, 10, 20)  # a match of so many tokens or more is of a further class
+
+    def __init__(self, prompt: Sequence[int], sources: Sequence[str]) -> None:
+        self._automaton = SuffixAutomaton()
+        self._match: Match = NOWHERE
+        self._read = 0
+        self._learned = range(
+            0 if "prompt" in sources else len(prompt), 1 << 62 if "output" in sources else len(prompt)
+        )
+
+    def root(self, text: Sequence[int]) -> Match:
+        for position in range(self._read, len(text)):
+            if position in self._learned:
+                self._automaton.add(text[position])
+                self._match = self._automaton.end()
+            else:
+                self._match = self._automaton.follow(self._match, text[position])
+        self._read = len(text)
+        return self._match
+
+    def follow(self, state: Match, token: int) -> Match:
+        return self._automaton.follow(state, token)
+
+    def propose(self, state: Match) -> list[tuple[int, int]]:
+        found = self._automaton.continuations(state, self._continuations)
+        return [(token, 1 + 3 * self._class(length) + rank) for rank, (token, length) in enumerate(found)]
+
+    def _class(self, length: int) -> int:
+        return sum(length >= bound for bound in self._lengths)
+
+    def prior(self, mark: int) -> float:
+        length, rank = divmod(mark - 1, 3)
+        return (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)[length] * (1.0, 0.4, 0.2)[rank]
+
+
+class RecycledSource:
+    """The target's best tokens the last time a token, or two in a row, stood anywhere in a step.
+
+    Costs nothing: the logits were computed. Two tables answer, by the last two tokens and by the last one alone.
+    """
+
+    name = "recycled"
+    bits = 8
+
+    def __init__(self) -> None:
+        self._after_two: dict[tuple[int, int], Sequence[int]] = {}
+        self._after_one: dict[int, Sequence[int]] = {}
+
+    def learn(self, before: int, token: int, best: Sequence[int]) -> None:
+        """The target's best tokens, best first, after `token`, which followed `before`."""
+        two, one = self._after_two, self._after_one
+        two.pop((before, token), None)
+        two[before, token] = best
+        one.pop(token, None)
+        one[token] = best
+        if len(two) > CONTEXTS:
+            del two[next(iter(two))]
+        if len(one) > CONTEXTS:
+            del one[next(iter(one))]
+
+    def root(self, text: Sequence[int]) -> tuple[int, int]:
+        return (text[-2] if len(text) > 1 else -1, text[-1])
+
+    def follow(self, state: tuple[int, int], token: int) -> tuple[int, int]:
+        return (state[1], token)
+
+    def propose(self, state: tuple[int, int]) -> Iterable[tuple[int, int]]:
+        marks = dict(zip(self._after_two.get(state, ()), range(16, 256, 16), strict=False))
+        for rank, token in enumerate(self._after_one.get(state[1], ()), 1):
+            marks[token] = marks.get(token, 0) + rank
+        return marks.items()
+
+    def prior(self, mark: int) -> float:
+        two, one = divmod(mark, 16)
+        return max(0.6 / two**1.7 if two else 0.0, 0.3 / one**1.3 if one else 0.0)
+
+
+class NgramSource:
+    """N-grams of a pool, by their first token.
+
+    Args:
+        pool: that somebody fills.
+        at_root: asked at the root only, as in the paper; otherwise further n-grams begin at every node.
+    """
+
+    name = "window"
+    bits = 3
+
+    def __init__(self, pool: NgramPool, at_root: bool) -> None:
+        self._pool = pool
+        self._at_root = at_root
+
+    def root(self, text: Sequence[int]) -> list[Sequence[int]]:
+        return list(self._pool.candidates(text[-1]))
+
+    def follow(self, state: Sequence[Sequence[int]], token: int) -> list[Sequence[int]]:
+        rest = [drafts[1:] for drafts in state if drafts[0] == token and len(drafts) > 1]
+        return rest if self._at_root else [*rest, *self._pool.candidates(token)]
+
+    def propose(self, state: Sequence[Sequence[int]]) -> Iterable[tuple[int, int]]:
+        return [(token, min(rank, 7)) for rank, token in enumerate(dict.fromkeys(d[0] for d in state), 1)]
+
+    def prior(self, mark: int) -> float:
+        return 0.3 / mark
+
+
+class OwnSource:
+    """Drafts of the caller's function, which is asked once per step."""
+
+    name = "own"
+    bits = 3
+
+    def __init__(self, propose: Propose) -> None:
+        self._propose = propose
+
+    def root(self, text: Sequence[int]) -> list[Sequence[int]]:
+        return [drafts for drafts in self._propose(text) if drafts]
+
+    def follow(self, state: Sequence[Sequence[int]], token: int) -> list[Sequence[int]]:
+        return [drafts[1:] for drafts in state if drafts[0] == token and len(drafts) > 1]
+
+    def propose(self, state: Sequence[Sequence[int]]) -> Iterable[tuple[int, int]]:
+        return [(token, min(rank, 7)) for rank, token in enumerate(dict.fromkeys(d[0] for d in state), 1)]
+
+    def prior(self, mark: int) -> float:
+        return 0.5 / mark
+
+
+class Acceptance:
+    """The chance that a draft is accepted, by its evidence: Beta means, whose counts fade.
+
+    Args:
+        sources: in the order of their marks in the evidence, lowest bits first.
+    """
+
+    _weight = 8.0  # of what is assumed, in drafts
+    _most = 256.0  # drafts remembered per evidence
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self._sources = sources
+        self._counts: dict[int, list[float]] = {}
+        self._means: dict[int, float] = {}
+        self._names: dict[int, tuple[str, ...]] = {}
+
+    def __call__(self, evidence: int) -> float:
+        """The chance of a draft, given that the walk reaches its parent."""
+        known = self._means.get(evidence)
+        return self._assume(evidence) if known is None else known
+
+    def _assume(self, evidence: int) -> float:
+        """Halfway between sources that always agree and sources that are independent."""
+        best, none = 0.0, 1.0
+        for source, mark in self.marks(evidence):
+            chance = source.prior(mark)
+            best, none = max(best, chance), none * (1 - chance)
+        mean = self._means[evidence] = (best + 1 - none) / 2
+        self._counts[evidence] = [mean * self._weight, self._weight]
+        return mean
+
+    def marks(self, evidence: int) -> list[tuple[Source, int]]:
+        """The sources that speak for a draft, with their marks."""
+        found = []
+        for source in self._sources:
+            mark = evidence & ((1 << source.bits) - 1)
+            evidence >>= source.bits
+            if mark:
+                found.append((source, mark))
+        return found
+
+    def names(self, evidence: int) -> tuple[str, ...]:
+        """The sources that speak for a draft, by name."""
+        known = self._names.get(evidence)
+        if known is None:
+            known = self._names[evidence] = tuple(source.name for source, _ in self.marks(evidence))
+        return known
+
+    def judge(self, proposals: Mapping[int, int], token: int) -> None:
+        """Count a node's proposals, token to evidence, now that the token that follows is known."""
+        for draft, evidence in proposals.items():
+            if evidence not in self._means:
+                self._assume(evidence)
+            count = self._counts[evidence]
+            count[1] += 1.0
+            if draft == token:
+                count[0] += 1.0
+            if count[1] > self._most:
+                count[0] /= 2
+                count[1] /= 2
+            self._means[evidence] = count[0] / count[1]

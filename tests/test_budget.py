@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lookahead_decoding import Choice, Lookahead, LookaheadConfig
+from lookahead_decoding.budget import Budget, StepTimes, WindowInvestment, best_rows, window_rows, window_shapes
+from lookahead_decoding.grow import GrowingTree
+from test_grow import Scripted, growing
+
+HALF = ((7, 1),)  # every node has one child, with a chance of a half
+
+
+def test_times_lie_on_lines_between_those_that_are_known() -> None:
+    times = StepTimes([(8, 3.0), (1, 2.0), (16, 7.0)])
+    assert times.fixed
+    assert [times(n) for n in (1, 8, 12, 16)] == [2.0, 3.0, 5.0, 7.0]
+    assert times(31) == 7.0 + (7.0 - 2.0)  # past the last, the mean price of a row from the first to the last
+    assert [StepTimes([(1, 1.0)])(n) for n in (1, 64)] == [1.0, 1.0]
+
+
+def test_times_come_from_steps_of_which_the_first_of_a_size_does_not_count() -> None:
+    times = StepTimes()
+    assert times(64) > times(1)
+    times.add(1, 900.0)  # compiled something
+    assert times.samples(1) == 0
+    for time in (2.0, 50.0, 2.0, 2.0):
+        times.add(1, time)
+    assert times(1) == 2.0
+    for _ in range(2):
+        times.add(7, 1.0)  # noise: more rows never take less time
+    for _ in range(2):
+        times.add(15, 4.0)
+    assert times(7) == 2.0
+    assert times(15) == 4.0
+    assert times(11) == 3.0
+
+
+def test_fixed_times_do_not_learn() -> None:
+    times = StepTimes([(1, 1.0), (3, 2.0)])
+    for _ in range(3):
+        times.add(1, 9.0)
+    assert times(1) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("times", "rows"),
+    [
+        ([(1, 1.0)], 5),  # free: all there are
+        ([(1, 1.0), (2, 2.0)], 1),  # a row costs a whole step, and brings half a token
+        ([(1, 1.0), (2, 1.2), (3, 1.5), (4, 1.9), (5, 2.5)], 2),  # 1, 1.25, 1.167, 0.987
+        ([(1, 1.0), (2, 1.6), (4, 1.65)], 4),  # two do not pay, and four do: 0.94 and 1.14
+    ],
+)
+def test_nodes_are_taken_while_tokens_per_time_rise(times: list[tuple[int, float]], rows: int) -> None:
+    tree = growing(Scripted(*HALF), depth=4)
+    assert best_rows([tree], StepTimes(times), 64)[0] == rows
+
+
+def test_a_batch_has_one_size_for_all_and_pays_for_all_of_its_rows() -> None:
+    times = StepTimes([(1, 1.0), (2, 1.3)])
+    assert best_rows([growing(Scripted((7, 1)), depth=1)], times, 9)[0] == 2
+    silent = [growing(Scripted(), depth=1) for _ in range(3)]
+    assert best_rows([growing(Scripted((7, 1)), depth=1), *silent], times, 9)[0] == 1
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(1, 3)), max_size=3, unique_by=lambda p: p[0]),
+    st.lists(st.floats(0.01, 1.0), min_size=12, max_size=12),
+)
+def test_no_size_is_better_than_the_one_taken(proposals: list[tuple[int, int]], costs: list[float]) -> None:
+    """Against every size there is."""
+    points = [(1, 1.0)]
+    for i, cost in enumerate(costs, 2):
+        points.append((i, points[-1][1] + cost))
+    times = StepTimes(points)
+    _, rate = best_rows([growing(Scripted(*proposals))], times, 13)
+    tree = growing(Scripted(*proposals))
+    tree.grow(13)
+    sizes = [n for n in (1, 2, 3, 4, 6, 8, 10, 12, 13) if n <= len(tree)]
+    assert rate == pytest.approx(max(tree.expected[n - 1] / times(n) for n in sizes))
+
+
+def run(budget: Budget, core: Lookahead, steps: int, token: int = 1, seconds: float = 0.0) -> list[int]:
+    """Rows of each step; the target always says `token`."""
+    rows = []
+    for step in range(steps):
+        (tree,) = budget.plan([core])
+        assert tree is not None
+        rows.append(len(tree))
+        core.observe(Choice((token,), (0,), tuple(token for _ in tree.last_row)))
+        budget.spent(seconds * (step + 1))
+    return rows
+
+
+def test_a_sequence_that_ended_stays_without_a_tree() -> None:
+    config = LookaheadConfig(step_times=((1, 1.0),))
+    first, last = Budget(StepTimes([(1, 1.0)]), config).plan([None, Lookahead([1, 2, 1, 2, 1], config)])
+    assert first is None
+    assert last is not None
+    assert len(last) > 1
+
+
+def test_max_rows_caps_every_tree() -> None:
+    config = LookaheadConfig(max_rows=6, step_times=((1, 1.0),))
+    core = Lookahead([1, 2, 3, 1, 2, 4, 1, 2, 5, 1, 2], config)
+    assert max(run(Budget(StepTimes([(1, 1.0)]), config), core, 5)) == 6
+
+
+def test_plain_steps_are_timed_first() -> None:
+    config = LookaheadConfig()
+    core = Lookahead([1] * 20, config)
+    rows = run(Budget(StepTimes(), config), core, 8, seconds=1.0)
+    assert rows[:4] == [1] * 4  # the first does not count
+    assert max(rows[4:]) > 1
+
+
+def test_where_nothing_is_accepted_sources_rest_and_are_asked_again() -> None:
+    config = LookaheadConfig(sources=("prompt",), step_times=((1, 1.0), (2, 1.2)))
+    asked = 0
+
+    class Counting(Lookahead):
+        def grow(self, floor: float = 0.0) -> GrowingTree:
+            nonlocal asked
+            asked += 1
+            return super().grow(floor)
+
+    core = Counting(
+        [1, 2, 3, 1, 2, 4, 1, 2, 5, 1, 1], config
+    )  # what follows a 1 is never a 9, and a 9 never stood there
+    budget = Budget(StepTimes(config.step_times or ()), config)
+    rows = run(budget, core, 400, token=9)
+    assert sum(n > 1 for n in rows) < 10
+    assert 10 < asked < 60
+    assert core.text[-1] == 9
+
+
+def test_ranks_are_wanted_by_the_recycled_source_in_steps_that_are_learned_from() -> None:
+    without = LookaheadConfig(sources=("prompt",))
+    assert Budget(StepTimes(), without).ranks == 0
+    budget, core = Budget(StepTimes(), LookaheadConfig()), Lookahead([1, 2], LookaheadConfig())
+    assert budget.ranks > 0  # of prefill
+    budget.plan([core])
+    assert budget.ranks == 0  # a plain step for the clock
+
+
+def test_a_fixed_window_is_the_only_size_and_one_without_fits_its_half() -> None:
+    assert window_shapes(LookaheadConfig(window_size=7), 64) == [(7, 4)]
+    assert window_shapes(LookaheadConfig(sources=("prompt",)), 64) == [(0, 0)]
+    shapes = window_shapes(LookaheadConfig(), 64)
+    assert shapes[0] == (0, 0)
+    assert all(window_rows(s) <= 32 for s in shapes)
+    assert [window_rows(s) for s in ((0, 0), (3, 3), (15, 5))] == [0, 5, 59]
+
+
+class Gained(Lookahead):
+    """A sequence whose window brings what the test says."""
+
+    window_gain = 0
+
+
+@pytest.mark.parametrize(("gain", "kept"), [(1, True), (0, False)])
+def test_a_window_stays_while_it_brings_more_than_its_rows_cost(gain: int, kept: bool) -> None:
+    times = StepTimes([(1, 1.0), (64, 1.5)])
+    window, core = WindowInvestment([(0, 0), (3, 3)]), Gained([1, 2, 3], LookaheadConfig(sources=("window",)))
+    core.window_gain = gain
+    tried = False
+    for _ in range(400):
+        window.apply([core])
+        window.reconsider([core], [core.grow()], StepTimes([(1, 1.0)]) if not tried else times, 64)
+        tried |= window.shape != (0, 0)
+    assert tried
+    assert (window.shape != (0, 0)) == kept
