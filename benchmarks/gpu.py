@@ -241,7 +241,8 @@ def main() -> None:
         prompts = [json.loads(line)["prompt"] for line in humaneval.read_text().splitlines()[: args.limit]]
         config = ld.LookaheadConfig()
         if args.config != "auto":
-            config = ld.LookaheadConfig.paper(*map(int, args.config.split(",")))
+            w, n, g = map(int, args.config.split(","))
+            config = ld.LookaheadConfig.paper(w, n, g)
         result = generation(model, tokenizer, prompts, args.length, config, args.mode)
         write(f"generation-{args.size}", {"config": args.config, "length": args.length} | result)
         print(result["summary_of_not_looping"], flush=True)

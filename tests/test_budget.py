@@ -28,13 +28,13 @@ def test_times_come_from_steps_of_which_the_first_of_a_size_does_not_count() -> 
     for time in (2.0, 50.0, 2.0, 2.0):
         times.add(1, time)
     assert times(1) == 2.0
-    for _ in range(2):
-        times.add(7, 1.0)  # noise: more rows never take less time
-    for _ in range(2):
-        times.add(15, 4.0)
-    assert times(7) == 2.0
-    assert times(15) == 4.0
-    assert times(11) == 3.0
+    for time in (900.0, 9.0, 3.0, 3.0):
+        times.add(7, time)
+    for time in (900.0, 2.5):
+        times.add(15, time)
+    assert times(15) == 2.5
+    assert times(7) == 2.5  # fewer rows never take more time
+    assert times(4) == 2.25
 
 
 def test_fixed_times_do_not_learn() -> None:

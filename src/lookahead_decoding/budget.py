@@ -9,10 +9,8 @@ Times decide how many forwards a text takes, never which tokens it has.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from statistics import median
 
 from .config import LookaheadConfig
@@ -25,10 +23,16 @@ SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 192,
 """Rows per sequence that a step may have."""
 
 KEPT = 9
-"""Times remembered per size; their median counts."""
+"""Times remembered per size."""
 
 SLOPE = 0.02
 """What a row is assumed to cost, as a share of a step of one row, until steps of two sizes were timed."""
+
+
+def _usual(seen: Iterable[tuple[int, float]]) -> float:
+    """The lower quartile of times: what disturbs a step makes it longer."""
+    times = sorted(time for _, time in seen)
+    return times[(len(times) - 1) // 4]
 
 
 class StepTimes:
@@ -53,12 +57,10 @@ class StepTimes:
             self._seen[size] = deque(maxlen=KEPT)
             return
         self._seen[size].append((rows, time))
-        self._points = sorted(
-            (median(r for r, _ in seen), median(t for _, t in seen)) for seen in self._seen.values() if seen
-        )
-        for i in range(1, len(self._points)):  # more rows never take less time
-            rows_i, time_i = self._points[i]
-            self._points[i] = rows_i, max(time_i, self._points[i - 1][1])
+        points = sorted((median(rows for rows, _ in seen), _usual(seen)) for seen in self._seen.values() if seen)
+        for i in reversed(range(len(points) - 1)):  # fewer rows never take more time, whatever disturbed them
+            points[i] = points[i][0], min(points[i][1], points[i + 1][1])
+        self._points = points
         self._table = {}
 
     def samples(self, rows: int) -> int:
@@ -122,6 +124,7 @@ class Budget:
     _timed_again = 128  # steps after which a plain one is timed again
     _patience = 8  # plain steps in a row before the sources rest
     _longest_rest = 32
+    _hopeless = 0.25  # of the price of a row: drafts with a smaller chance are not looked at
 
     def __init__(self, times: StepTimes, config: LookaheadConfig, own_source: bool = False) -> None:
         self._times = times
@@ -144,13 +147,12 @@ class Budget:
             self._rest = max(0, self._rest - 1)
             self._rows, self.ranks = 1, 0
             return [lookahead.plain() if lookahead else None for lookahead in lookaheads]
-        if self._steps % 16 == 1:
-            self._floor = self._least_chance()
         self.ranks = self._ranks
         running = [lookahead for lookahead in lookaheads if lookahead]
         self._window.apply(running)
         growing = [lookahead.grow(self._floor) for lookahead in running]
-        self._rows, _ = best_rows(growing, self._times, self._most)
+        self._rows, rate = best_rows(growing, self._times, self._most)
+        self._floor = self._least_chance(rate / len(running))
         self._window.reconsider(running, growing, self._times, self._most)
         self._plain = self._plain + 1 if self._rows == 1 else 0
         if self._plain >= self._patience:
@@ -170,12 +172,11 @@ class Budget:
             return False
         return self._times.samples(1) < self._timed_first or self._steps % self._timed_again == 0
 
-    def _least_chance(self) -> float:
-        """Half of what a node's chance must be to pay anywhere."""
-        times = self._times
-        sizes = [s for s in SIZES if s <= self._most]
-        prices = [(times(b) - times(a)) / (b - a) / times(b) for a, b in pairwise(sizes)]
-        return 0.5 * min(prices, default=0.0)
+    def _least_chance(self, rate: float) -> float:
+        """A part of what a node's chance must be to pay, at the mean price of a row and the rate of the last step."""
+        if self._most == 1:
+            return 0.0
+        return self._hopeless * rate * (self._times(self._most) - self._times(1)) / (self._most - 1)
 
 
 def best_rows(growing: Sequence[GrowingTree], times: StepTimes, most: int, start: int = 1) -> tuple[int, float]:
@@ -189,15 +190,22 @@ def best_rows(growing: Sequence[GrowingTree], times: StepTimes, most: int, start
         start: the smallest size.
     """
     best, rate = 0, 0.0
-    sizes = sorted({max(start, *map(len, growing)), *(s for s in SIZES if s < most), most})
-    sizes = sizes[bisect_left(sizes, max(map(len, growing))) :]
+    smallest = max([start, *map(len, growing)])
+    sizes = [smallest, *(s for s in SIZES if smallest < s < most), *([most] if most > smallest else [])]
+    prices = [times(size) for size in sizes]
     for i, size in enumerate(sizes):
-        expected = sum(tree.grow(size) for tree in growing)
-        rows = max(map(len, growing))
-        if expected > rate * times(rows):
-            best, rate = rows, expected / times(rows)
-        chance = sum(tree.next_chance for tree in growing)
-        if not chance or all(expected + chance * (s - size) <= rate * times(s) for s in sizes[i + 1 :]):
+        expected = sum([tree.grow(size) for tree in growing])
+        rows = max([len(tree) for tree in growing])
+        price = prices[i] if rows == size else times(rows)
+        if expected > rate * price:
+            best, rate = rows, expected / price
+        chance = sum([tree.next_chance for tree in growing])
+        if not chance:
+            break
+        for larger in range(i + 1, len(sizes)):
+            if expected + chance * (sizes[larger] - size) > rate * prices[larger]:
+                break
+        else:
             break
     return best, rate
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterator, Sequence
+from heapq import heappop, heappush
 from typing import Any
 
 from .sources import Acceptance, Source
@@ -68,7 +68,7 @@ class GrowingTree:
     def grow(self, rows: int) -> float:
         """Grow to so many nodes, as far as there are candidates; returns the expected tokens."""
         while self._heap and len(self.tokens) < rows:
-            chance, _, parent, token, evidence = heapq.heappop(self._heap)
+            chance, _, parent, token, evidence = heappop(self._heap)
             depth, _, states = self._nodes[parent]
             node = len(self.tokens)
             self.tokens.append(token)
@@ -81,21 +81,22 @@ class GrowingTree:
 
     def _ask(self, node: int, depth: int, chance: float, states: list[Any]) -> None:
         found: dict[int, int] = {}
+        known = found.get
         shift = 0
         for source, state in zip(self._sources, states, strict=True):
             for token, mark in source.propose(state):
-                found[token] = found.get(token, 0) + (mark << shift)
+                found[token] = known(token, 0) + (mark << shift)
             shift += source.bits
         self.proposals[node] = found
         self._nodes[node] = depth, chance, states
         if depth >= self._max_depth:
             return
-        acceptance, floor, heap, age = self._acceptance, self._floor, self._heap, self._age
+        means, assume, floor, heap, age = self._acceptance.means, self._acceptance, self._floor, self._heap, self._age
         for token, evidence in found.items():
-            likely = chance * acceptance(evidence)
+            likely = chance * (means[evidence] if evidence in means else assume(evidence))
             if likely > floor:
                 age += 1
-                heapq.heappush(heap, (-likely, age, node, token, evidence))
+                heappush(heap, (-likely, age, node, token, evidence))
         self._age = age
 
     @property

@@ -10,6 +10,7 @@ Verification does not care who proposed what, so a source can be wrong and never
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,7 +21,7 @@ from .suffix import NOWHERE, Match, SuffixAutomaton
 Propose = Callable[[Sequence[int]], Iterable[Sequence[int]]]
 """A source of one's own: the text so far, prompt included, to the draft tokens of some candidates."""
 
-RANKS = 8
+RANKS = 6
 """Choices of the target that the recycled source keeps per context."""
 
 CONTEXTS = 1 << 17
@@ -78,7 +79,8 @@ class SuffixSource:
     name = "suffix"
     bits = 5
     _continuations = 3
-    _lengths = (2, 3, 4, 6, 10, 20)  # a match of so many tokens or more is of a further class
+    # The class of a match by its length; matches of 20 tokens and more are of one class.
+    _classes = (0, 0, 1, 2, 3, 3, 4, 4, 4, 4, *[5] * 10, 6)
 
     def __init__(self, prompt: Sequence[int], sources: Sequence[str]) -> None:
         self._automaton = SuffixAutomaton()
@@ -103,10 +105,10 @@ class SuffixSource:
 
     def propose(self, state: Match) -> list[tuple[int, int]]:
         found = self._automaton.continuations(state, self._continuations)
-        return [(token, 1 + 3 * self._class(length) + rank) for rank, (token, length) in enumerate(found)]
-
-    def _class(self, length: int) -> int:
-        return sum(length >= bound for bound in self._lengths)
+        classes = self._classes
+        return [
+            (token, 1 + 3 * classes[length if length < 20 else 20] + rank) for rank, (token, length) in enumerate(found)
+        ]
 
     def prior(self, mark: int) -> float:
         length, rank = divmod(mark - 1, 3)
@@ -116,15 +118,28 @@ class SuffixSource:
 class RecycledSource:
     """The target's best tokens the last time a token, or two in a row, stood anywhere in a step.
 
-    Costs nothing: the logits were computed. Two tables answer, by the last two tokens and by the last one alone.
+    Costs nothing: the logits were computed. Two tables answer, by the last two tokens and by the last one. About
+    a token that never stood in a step they know nothing, which is so in a third of all steps (docs/LOG.md); then the
+    token before it answers, with what the target ranked best one token after that, and then the target's most frequent
+    choices.
     """
 
     name = "recycled"
     bits = 8
+    # Marks: 16 x the rank after two tokens, plus one of these by the rank after one token, across a gap, or anywhere.
+    _after_two_marks = range(16, 16 * (RANKS + 1), 16)
+    _after_one_marks = range(1, 7)
+    _gap_marks = range(7, 13)
+    _usual_marks = (13, 14, 15)
+    _counted_again = 32  # contexts learned between two looks at what is frequent
 
     def __init__(self) -> None:
         self._after_two: dict[tuple[int, int], Sequence[int]] = {}
         self._after_one: dict[int, Sequence[int]] = {}
+        self._across_gap: dict[int, Sequence[int]] = {}
+        self._counts: Counter[int] = Counter()
+        self._usual: list[int] = []
+        self._learned = 0
 
     def learn(self, before: int, token: int, best: Sequence[int]) -> None:
         """The target's best tokens, best first, after `token`, which followed `before`."""
@@ -136,7 +151,14 @@ class RecycledSource:
         if len(two) > CONTEXTS:
             del two[next(iter(two))]
         if len(one) > CONTEXTS:
-            del one[next(iter(one))]
+            gone = next(iter(one))
+            del one[gone]
+            self._across_gap.pop(gone, None)
+        self._across_gap[before] = best
+        self._counts[best[0]] += 1
+        if self._learned % self._counted_again == 0:
+            self._usual = [token for token, _ in self._counts.most_common(len(self._usual_marks))]
+        self._learned += 1
 
     def root(self, text: Sequence[int]) -> tuple[int, int]:
         return (text[-2] if len(text) > 1 else -1, text[-1])
@@ -145,14 +167,26 @@ class RecycledSource:
         return (state[1], token)
 
     def propose(self, state: tuple[int, int]) -> Iterable[tuple[int, int]]:
-        marks = dict(zip(self._after_two.get(state, ()), range(16, 256, 16), strict=False))
-        for rank, token in enumerate(self._after_one.get(state[1], ()), 1):
-            marks[token] = marks.get(token, 0) + rank
+        before, token = state
+        marks = dict(zip(self._after_two.get(state, ()), self._after_two_marks, strict=False))
+        known = marks.get
+        for mark, draft in enumerate(self._after_one.get(token, ()), 1):
+            marks[draft] = known(draft, 0) + mark
+        if not marks:
+            marks = dict(zip(self._usual, self._usual_marks, strict=False))
+            marks.update(zip(self._across_gap.get(before, ()), self._gap_marks, strict=False))
         return marks.items()
 
     def prior(self, mark: int) -> float:
-        two, one = divmod(mark, 16)
-        return max(0.6 / two**1.7 if two else 0.0, 0.3 / one**1.3 if one else 0.0)
+        two, other = divmod(mark, 16)
+        chance: float = 0.6 / two**1.7 if two else 0.0
+        if other in self._after_one_marks:
+            after_one: float = 0.3 / other**1.3
+            return max(chance, after_one)
+        if other in self._gap_marks:
+            across: float = 0.2 / (other - 6) ** 1.3
+            return across
+        return (0.1, 0.06, 0.03)[other - 13] if other else chance
 
 
 class NgramSource:
@@ -211,6 +245,9 @@ class Acceptance:
 
     Args:
         sources: in the order of their marks in the evidence, lowest bits first.
+
+    Attributes:
+        means: the chances that were asked for so far, by evidence.
     """
 
     _weight = 8.0  # of what is assumed, in drafts
@@ -219,12 +256,12 @@ class Acceptance:
     def __init__(self, sources: Sequence[Source]) -> None:
         self._sources = sources
         self._counts: dict[int, list[float]] = {}
-        self._means: dict[int, float] = {}
+        self.means: dict[int, float] = {}
         self._names: dict[int, tuple[str, ...]] = {}
 
     def __call__(self, evidence: int) -> float:
         """The chance of a draft, given that the walk reaches its parent."""
-        known = self._means.get(evidence)
+        known = self.means.get(evidence)
         return self._assume(evidence) if known is None else known
 
     def _assume(self, evidence: int) -> float:
@@ -233,7 +270,7 @@ class Acceptance:
         for source, mark in self.marks(evidence):
             chance = source.prior(mark)
             best, none = max(best, chance), none * (1 - chance)
-        mean = self._means[evidence] = (best + 1 - none) / 2
+        mean = self.means[evidence] = (best + 1 - none) / 2
         self._counts[evidence] = [mean * self._weight, self._weight]
         return mean
 
@@ -257,7 +294,7 @@ class Acceptance:
     def judge(self, proposals: Mapping[int, int], token: int) -> None:
         """Count a node's proposals, token to evidence, now that the token that follows is known."""
         for draft, evidence in proposals.items():
-            if evidence not in self._means:
+            if evidence not in self.means:
                 self._assume(evidence)
             count = self._counts[evidence]
             count[1] += 1.0
@@ -266,4 +303,4 @@ class Acceptance:
             if count[1] > self._most:
                 count[0] /= 2
                 count[1] /= 2
-            self._means[evidence] = count[0] / count[1]
+            self.means[evidence] = count[0] / count[1]
