@@ -70,9 +70,9 @@ def test_every_method_gives_the_same_greedy_tokens(tiny: Tiny) -> None:
     kept, failed = warm_up(methods, jobs, options)
     assert (kept, failed) == (methods, {})
     found = list(measure(methods, jobs, options, repeat=2))
-    assert [[r.agrees for r in rows] for rows in found] == [[True] * 5] * 2
-    assert [len(r.seconds) for r in found[0]] == [2] * 5
-    assert [r.tokens for r in found[1]] == [20] * 5
+    assert [[r.agrees for r in rows] for rows in found] == [[True] * 6] * 2
+    assert [len(r.seconds) for r in found[0]] == [2] * 6
+    assert [r.tokens for r in found[1]] == [20] * 6
     with pytest.raises(ValueError, match="no method 'magic': choose from"):
         make("magic", "float32", model, ld.LookaheadConfig())
 

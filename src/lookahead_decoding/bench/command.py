@@ -217,7 +217,9 @@ def _need_matplotlib() -> None:
 def _show(result: Result) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
     counted = "batches" if any(row.sequences > 1 for row in result.rows) else "prompts"
-    table = Table("method", counted, "tokens/s", "per step", "over best plain", "over hf-greedy", "agrees")
+    table = Table(
+        "method", counted, "tokens/s", "per step", "rows", "plain", "over best plain", "over hf-greedy", "agrees"
+    )
     for line in result.summary():
         ratios = []
         for name in ("over_best_plain", "over_hf_greedy"):
@@ -226,8 +228,13 @@ def _show(result: Result) -> None:
         length = line["mean_acceptance_length"]
         name = f"{line['method']}{' (loops, short)' if line['looping'] else ''}"
         speed = f"{line['tokens_per_second']:.1f}"
-        table.add_row(name, str(line["prompts"]), speed, str(length or ""), *ratios, str(line["agrees"]))
+        rows, plain = line["rows_per_step"], line["plain_share"]
+        fed = ["" if rows is None else f"{rows:.1f}", "" if plain is None else f"{plain:.0%}"]
+        table.add_row(name, str(line["prompts"]), speed, str(length or ""), *fed, *ratios, str(line["agrees"]))
     console.print(table)
+    for line in result.summary():
+        if line["sources"] and not line["looping"]:
+            console.print(f"{line['method']}: {sources_line(line['sources'])}")
     if any(line["looping"] for line in result.summary()):
         console.print(f"(loops, short): half of the 8-grams or more are repeats, or fewer than {SHORT} tokens")
     for label, reason in result.left_out.items():
@@ -241,6 +248,14 @@ def _show(result: Result) -> None:
                 f"warning: {method} gives other tokens on {len(differs)} prompts ({', '.join(map(str, differs[:5]))}): "
                 "`lookahead verify` says whether that is rounding"
             )
+
+
+def sources_line(sources: Any) -> str:
+    """Drafts by source, in words."""
+    return "; ".join(
+        f"{name} {count['accepted']:.0f} of {count['proposed']:.0f} drafts accepted, {count['rows']:.0f} rows"
+        for name, count in sources.items()
+    )
 
 
 @bench.command("step")

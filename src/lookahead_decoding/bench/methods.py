@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,9 +12,10 @@ from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList, Pr
 
 from ..config import PLAIN, LookaheadConfig
 from ..hf import LookaheadDecoding, generate
+from ..stats import Stats
 from .result import Row, distinct_share
 
-METHODS = ("autoregressive", "lookahead", "hf-greedy", "hf-static", "hf-prompt-lookup")
+METHODS = ("autoregressive", "lookahead", "paper", "hf-greedy", "hf-static", "hf-prompt-lookup")
 PLAIN_METHODS = ("autoregressive", "hf-greedy", "hf-static")
 OPTIONAL = ("hf-static", "hf-prompt-lookup")
 """Methods that do not run for every model, device or batch, and are then left out with the reason."""
@@ -44,13 +45,13 @@ class Method:
         name: one of METHODS.
         dtype: of the weights, as torch names it.
         device: of the model.
-        run: prompts (batch, length) and options of `generate` to the whole texts and the mean acceptance length.
+        run: prompts (batch, length) and options of `generate` to the whole texts and, of ours, the counts.
     """
 
     name: str
     dtype: str
     device: torch.device
-    run: Callable[..., tuple[torch.Tensor, float | None]]
+    run: Callable[..., tuple[torch.Tensor, Stats | None]]
 
     @property
     def label(self) -> str:
@@ -65,7 +66,7 @@ def make(name: str, dtype: str, model: PreTrainedModel, config: LookaheadConfig,
     """A method by its name.
 
     Args:
-        config: of "lookahead".
+        config: of "lookahead", and of "paper" where it is the paper's algorithm.
         compile: of our methods, as `Target` takes it; with "full" hf-static is compiled on a CPU as well, which
             transformers leaves out by default.
 
@@ -73,17 +74,17 @@ def make(name: str, dtype: str, model: PreTrainedModel, config: LookaheadConfig,
         ValueError: no such method.
     """
 
-    def ours(settings: LookaheadConfig) -> Callable[..., tuple[torch.Tensor, float | None]]:
-        def run(ids: torch.Tensor, **options: Any) -> tuple[torch.Tensor, float | None]:
+    def ours(settings: LookaheadConfig) -> Callable[..., tuple[torch.Tensor, Stats | None]]:
+        def run(ids: torch.Tensor, **options: Any) -> tuple[torch.Tensor, Stats | None]:
             seeds = options.pop("seeds", None)
             decoding = LookaheadDecoding(settings, seeds=seeds, compile=compile)
             out = generate(model, ids, lookahead=decoding, **options)
-            return out, decoding.stats.mean_acceptance_length
+            return out, decoding.stats
 
         return run
 
-    def stock(**extra: Any) -> Callable[..., tuple[torch.Tensor, float | None]]:
-        def run(ids: torch.Tensor, **options: Any) -> tuple[torch.Tensor, float | None]:
+    def stock(**extra: Any) -> Callable[..., tuple[torch.Tensor, Stats | None]]:
+        def run(ids: torch.Tensor, **options: Any) -> tuple[torch.Tensor, Stats | None]:
             if (seeds := options.pop("seeds", None)) is not None:
                 torch.manual_seed(seeds[0])
             return model.generate(ids, **options, **extra), None
@@ -97,6 +98,7 @@ def make(name: str, dtype: str, model: PreTrainedModel, config: LookaheadConfig,
     runs = {
         "autoregressive": ours(PLAIN),
         "lookahead": ours(config),
+        "paper": ours(config if not config.adaptive else LookaheadConfig.paper()),
         "hf-greedy": stock(),
         "hf-static": stock(**static),
         "hf-prompt-lookup": stock(prompt_lookup_num_tokens=10),
@@ -128,8 +130,8 @@ class Job:
         return max(map(len, self.prompts)) + len(self.reference or ())
 
 
-def answer(method: Method, job: Job, options: dict[str, Any]) -> tuple[list[list[int]], float | None, float]:
-    """The tokens that a method emits for each prompt, its mean acceptance length, and the seconds it took."""
+def answer(method: Method, job: Job, options: dict[str, Any]) -> tuple[list[list[int]], Stats | None, float]:
+    """The tokens that a method emits for each prompt, its counts, and the seconds it took."""
     longest = max(map(len, job.prompts))
     pad = options.get("pad_token_id") or 0
     ids = torch.tensor([[*[pad] * (longest - len(p)), *p] for p in job.prompts], device=method.device)
@@ -140,12 +142,24 @@ def answer(method: Method, job: Job, options: dict[str, Any]) -> tuple[list[list
         own |= {"max_new_tokens": len(job.reference), "eos_token_id": None}
         own["logits_processor"] = LogitsProcessorList([Replay(text)])
     start = time.perf_counter()
-    out, length = method.run(ids, attention_mask=mask, **own)
+    out, stats = method.run(ids, attention_mask=mask, **own)
     rows = out[:, longest:].tolist()  # waits for a device
     seconds = time.perf_counter() - start
     stops = own.get("eos_token_id")
     stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
-    return [_until(row, stops) for row in rows], length, seconds
+    return [_until(row, stops) for row in rows], stats, seconds
+
+
+def of_steps(stats: Stats) -> dict[str, Any]:
+    """What a `Row` says of the steps: rows and plain ones, and the drafts of each source."""
+    return {
+        "rows_per_step": round(stats.rows_per_step, 2),
+        "plain_share": round(stats.plain_share, 3),
+        "sources": {
+            name: {"proposed": c.proposed, "accepted": c.accepted, "rows": round(c.rows, 1)}
+            for name, c in stats.sources.items()
+        },
+    }
 
 
 def _until(row: list[int], stops: Collection[int]) -> list[int]:
@@ -203,20 +217,22 @@ def measure(
     for number, job in enumerate(jobs):
         own = _seeded(options, job, seed, number * len(jobs[0].prompts))
         seconds: dict[str, list[float]] = {m.label: [] for m in methods}
-        outputs: dict[str, tuple[list[list[int]], float | None]] = {}
+        outputs: dict[str, tuple[list[list[int]], Stats | None]] = {}
         for turn in range(repeat):
             for method in methods if turn % 2 == 0 else list(reversed(methods)):
-                texts, length, took = answer(method, job, own)
+                texts, stats, took = answer(method, job, own)
                 seconds[method.label].append(took)
-                outputs[method.label] = texts, length
+                outputs[method.label] = texts, stats
         first: dict[str, list[list[int]]] = {}
         rows = []
         share = round(min(map(distinct_share, outputs[methods[0].label][0])), 3)
         for method in methods:
-            texts, length = outputs[method.label]
+            texts, stats = outputs[method.label]
             wanted = first.setdefault(method.dtype, texts)
             times = tuple(round(s, 5) for s in seconds[method.label])
             tokens = sum(map(len, texts))
             same = texts == wanted
-            rows.append(Row(number, method.label, method.plain, tokens, times, length, share, same, len(texts)))
+            length = stats.mean_acceptance_length if stats else None
+            row = Row(number, method.label, method.plain, tokens, times, length, share, same, len(texts))
+            rows.append(row if stats is None else replace(row, **of_steps(stats)))
         yield rows

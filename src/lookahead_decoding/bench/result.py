@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
@@ -26,6 +26,17 @@ def distinct_share(ids: Sequence[int], n: int = 8) -> float:
     return len(set(grams)) / len(grams) if grams else 1.0
 
 
+def added(counts: Iterable[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Counts by source and name, added up."""
+    total: dict[str, dict[str, float]] = {}
+    for one in counts:
+        for source, count in one.items():
+            into = total.setdefault(source, dict.fromkeys(count, 0))
+            for name, value in count.items():
+                into[name] = round(into[name] + value, 1)
+    return total
+
+
 @dataclass(frozen=True)
 class Row:
     """One method on one prompt, or on one batch of prompts.
@@ -40,6 +51,9 @@ class Row:
         distinct_8_grams: share of distinct 8-grams of the plain text; of a batch, the smallest.
         agrees: whether the tokens are those of the run's first method of the same dtype.
         sequences: of the batch.
+        rows_per_step: nodes fed per step, all sequences and padding included; None for methods that do not say.
+        plain_share: share of steps that fed the current tokens alone.
+        sources: drafts by source: proposed, accepted, rows (see `SourceCount`).
     """
 
     prompt: int
@@ -51,6 +65,9 @@ class Row:
     distinct_8_grams: float
     agrees: bool
     sequences: int = 1
+    rows_per_step: float | None = None
+    plain_share: float | None = None
+    sources: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def tokens_per_second(self) -> float:
@@ -131,9 +148,13 @@ class Result:
                 line: dict[str, object] = {"method": method, "looping": looping, "prompts": len(rows)}
                 line["tokens_per_second"] = round(self.speed(method, looping), 2)
                 line["mean_acceptance_length"] = round(sum(lengths) / len(lengths), 3) if lengths else None
+                for name in ("rows_per_step", "plain_share"):
+                    found = [v for row in rows if (v := getattr(row, name)) is not None]
+                    line[name] = round(sum(found) / len(found), 3) if found else None
+                line["sources"] = added(row.sources for row in rows)
                 for name, to in (("over_best_plain", best), ("over_hf_greedy", self._like(method, "hf-greedy"))):
-                    found = self.ratio(method, to, looping) if to else None
-                    line[name] = [round(x, 3) for x in found] if found else None
+                    ratio = self.ratio(method, to, looping) if to else None
+                    line[name] = [round(x, 3) for x in ratio] if ratio else None
                 line["agrees"] = f"{sum(r.agrees for r in rows)}/{len(rows)}"
                 lines.append(line)
         return lines
