@@ -9,7 +9,7 @@ import lookahead_decoding
 
 LAYERS = [
     {"config", "tree", "window", "pool", "suffix", "sources", "grow", "lookahead", "budget", "stats"},
-    {"attention", "kernels", "graphs", "cache", "choose"},
+    {"attention", "kernels", "graphs", "cache", "choose", "profile"},
     {"target"},
     {"decode", "hf", "text", "exactness"},
     {"cli", "cli_common"},

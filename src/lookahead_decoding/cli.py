@@ -1,4 +1,4 @@
-"""The command line: `lookahead generate | chat | verify | demo`."""
+"""The command line: `lookahead generate | chat | verify | demo | bench | tune | doctor`."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from transformers.utils import logging as transformers_logging
 
 from . import __version__
 from .bench.command import bench
+from .bench.methods import of_steps
+from .bench.tune_command import doctor, tune
 from .cli_common import DTYPES, Problem, config_of, encode, first_line, load, read_prompts, room, sampling
 from .config import MAX_ROWS, PLAIN, SOURCES, LookaheadConfig
 from .exactness import compare
@@ -40,7 +42,7 @@ STEP_COLOURS = ("cyan", "yellow", "magenta", "green")
 
 @dataclass(frozen=True)
 class Answer:
-    """One prompt's result, as `--json` prints it."""
+    """One prompt's result, as `--json` prints it; rows, sources and times are those of its batch."""
 
     output_ids: list[int]
     text: str
@@ -48,6 +50,9 @@ class Answer:
     tokens: int
     steps: int
     mean_acceptance_length: float
+    rows_per_step: float
+    plain_share: float
+    sources: dict[str, dict[str, float]]
     seconds: float
     tokens_per_second: float
     finish_reason: str
@@ -96,6 +101,7 @@ def answer(
             tokens=len(output),
             steps=count - 1,
             mean_acceptance_length=round((len(output) - 1) / (count - 1), 4) if count > 1 else 1.0,
+            **of_steps(run.stats),
             seconds=round(seconds, 4),
             tokens_per_second=round(len(output) / seconds, 2),
             finish_reason=reason,
@@ -467,7 +473,8 @@ class _Painter:
         self._console.print()
 
 
-cli.add_command(bench)
+for command in (bench, tune, doctor):
+    cli.add_command(command)
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
+from . import profile
 from .attention import LENGTH, attend, dense_mask, encode_rows
 from .budget import StepTimes
 from .cache import TreeCache
@@ -160,8 +161,16 @@ class Target:
             return StepTimes(config.step_times)
         if not config.adaptive:
             return StepTimes([(1, 1.0)])
+        known = _known.setdefault(self.model, _Known()).times
         key = len(self.lengths), self.how, self.model.dtype, self.model.device, torch.get_num_threads()
-        return _known.setdefault(self.model, _Known()).times.setdefault(key, StepTimes())
+        if key not in known:
+            known[key] = StepTimes(profile.load(self.machine) or ())
+        return known[key]
+
+    @property
+    def machine(self) -> profile.Machine:
+        """What the time of a step depends on, besides its rows."""
+        return profile.machine_of(self.model, self.how, len(self.lengths))
 
     @property
     def lengths(self) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import shlex
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..cli_common import DTYPES, Problem, config_of, encode, first_line, load, read_prompts, room, sampling
 from ..config import LookaheadConfig
 from ..hf import LookaheadDecoding, generate
+from ..profile import device_name
 from ..stats import Stats
 from ..target import COMPILE
 from .methods import METHODS, Job, make, measure, warm_up
@@ -40,18 +40,6 @@ def bench() -> None:
 
     The options of the first are under `bench run --help`.
     """
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    names = [line for line in _cpuinfo() if line.startswith("model name")]
-    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
 
 
 @bench.command("run")
@@ -153,7 +141,7 @@ def run(
         prompts=prompts.name,
         mode=f"{mode}, {_named(config, sources, max_rows)}" + (f", batches of {batch_size}" if batch_size > 1 else ""),
         compile=compile,
-        device=_device_name(target.device),
+        device=device_name(target.device),
         threads=torch.get_num_threads(),
     )
     result = Result(about)
@@ -322,7 +310,7 @@ def step(
             "dtype": dtype,
             "compile": compile,
             "config": _named(config, sources),
-            "device": _device_name(target.device),
+            "device": device_name(target.device),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "steps": [vars(t) for t in times],
