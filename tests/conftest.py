@@ -68,6 +68,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--data", type=Path, help="the folder with data sets and models; tests that need it are skipped")
 
 
+@pytest.fixture(autouse=True)
+def _a_cache_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the user's own has measured must not matter."""
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda *args, **kwargs: str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="session")
 def data(request: pytest.FixtureRequest) -> Path:
     folder = request.config.getoption("--data")

@@ -18,6 +18,9 @@ KEYS = [
     "tokens",
     "steps",
     "mean_acceptance_length",
+    "rows_per_step",
+    "plain_share",
+    "sources",
     "seconds",
     "tokens_per_second",
     "finish_reason",
@@ -62,8 +65,14 @@ def test_json_is_one_object_per_prompt_and_nothing_else(capsys, monkeypatch, pro
         assert list(one) == KEYS
         assert one["tokens"] == len(one["output_ids"])
         assert one["steps"] < one["tokens"]
+        assert one["rows_per_step"] >= 1.0 >= one["plain_share"]
         assert one["mean_acceptance_length"] == round((one["tokens"] - 1) / one["steps"], 4)
-    for more in (["--plain"], ["--batch-size", "2"], ["-W", "3", "-N", "3", "-G", "0", "--sources", "window"]):
+    for more in (
+        ["--plain"],
+        ["--batch-size", "2"],
+        ["-W", "3", "-N", "3", "-G", "0", "--sources", "window"],
+        ["--paper"],
+    ):
         _, out, _ = run(capsys, monkeypatch, *arguments, "--json", *more)
         assert [json.loads(line)["output_ids"] for line in out.splitlines()] == [a["output_ids"] for a in answers]
 

@@ -39,9 +39,21 @@ def test_recycled_answers_by_two_tokens_and_by_one() -> None:
     assert list(marks) == [5, 6, 7]
     assert marks == {5: 16, 6: 33, 7: 2}  # rank after two tokens x 16 + rank after one
     assert dict(source.propose((3, 2))) == {6: 1, 7: 2}
-    assert dict(source.propose((3, 4))) == {}
-    assert source.prior(16) > source.prior(32) > source.prior(1 << 7)
-    assert source.root([4]) == (-1, 4)
+
+
+def test_a_first_token_has_none_before_it() -> None:
+    assert RecycledSource().root([4]) == (-1, 4)
+    assert RecycledSource().root([4, 5]) == (4, 5)
+
+
+def test_about_an_unknown_token_recycled_answers_across_the_gap_and_then_with_what_is_frequent() -> None:
+    source = RecycledSource()
+    for _ in range(33):
+        source.learn(1, 2, [5, 6])
+    source.learn(8, 9, [7])
+    assert dict(source.propose((1, 4))) == {5: 7, 6: 8}  # as after 1 and 2
+    assert dict(source.propose((3, 4))) == {5: 13}
+    assert source.prior(7) > source.prior(13) > source.prior(14)
 
 
 def test_recycled_forgets_the_oldest_context_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +61,7 @@ def test_recycled_forgets_the_oldest_context_first(monkeypatch: pytest.MonkeyPat
     source = RecycledSource()
     for token in (1, 2, 1, 3):
         source.learn(0, token, [9])
-    assert [bool(dict(source.propose((0, token)))) for token in (1, 2, 3)] == [True, False, True]
+    assert [dict(source.propose((0, token))) for token in (1, 2, 3)] == [{9: 17}, {9: 7}, {9: 17}]
 
 
 def test_ngrams_begin_at_every_node_or_at_the_root_alone() -> None:
@@ -83,6 +95,16 @@ def test_acceptance_moves_from_what_is_assumed_to_what_was_seen() -> None:
     for _ in range(256):  # counts fade, so that a text may change
         acceptance.judge({5: 1}, token=5)
     assert acceptance(1) > 0.4
+
+
+def test_a_text_that_accepts_less_than_was_assumed_scales_all_chances() -> None:
+    acceptance = Acceptance([RecycledSource()])
+    for _ in range(30):
+        acceptance.judge({5: 16}, token=5)
+    assert acceptance.scale == 1.0
+    for mark in range(1, 30):  # every time of a kind that was never seen
+        acceptance.judge({5: 16 + mark % 6, 6: 32 + mark % 6, 7: 48 + mark % 6}, token=8)
+    assert acceptance.scale < 0.7
 
 
 def test_evidence_of_two_sources_is_worth_more_than_of_one() -> None:

@@ -25,6 +25,12 @@ SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 192,
 KEPT = 9
 """Times remembered per size."""
 
+EVERY_STEP, SOMETIMES, FORGOTTEN = 64, 8, 256
+"""Steps after each of which times are looked at; how often after that; and for how long a size is remembered."""
+
+WORTH = 0.01
+"""Tokens of later steps that a row brings, since the recycled source learns from it (docs/LOG.md)."""
+
 SLOPE = 0.02
 """What a row is assumed to cost, as a share of a step of one row, until steps of two sizes were timed."""
 
@@ -46,26 +52,50 @@ class StepTimes:
         self._points = sorted((float(rows), float(time)) for rows, time in known)
         self.fixed = bool(self._points)
         self._seen: dict[int, deque[tuple[int, float]]] = {}
+        self._plain: deque[tuple[int, float]] = deque(maxlen=KEPT)
+        self._steps = 0
+        self._latest: dict[int, int] = {}
         self._table: dict[int, float] = {}
 
     def add(self, rows: int, time: float) -> None:
         """A step of so many rows took so long. The first of each size does not count: it may have been made ready."""
         if self.fixed:
             return
+        self._steps += 1
         size = next((s for s in SIZES if s >= rows), rows)
+        self._latest[size] = self._steps
         if size not in self._seen:
             self._seen[size] = deque(maxlen=KEPT)
             return
         self._seen[size].append((rows, time))
+        if self._steps <= EVERY_STEP or self._steps % SOMETIMES == 0:
+            self._conclude()
+
+    def _conclude(self) -> None:
+        """Make points of what was seen. A size that was not fed for long is forgotten, and then tried again."""
+        for size in [s for s, step in self._latest.items() if s > 1 and self._steps - step > FORGOTTEN]:
+            del self._latest[size], self._seen[size]
         points = sorted((median(rows for rows, _ in seen), _usual(seen)) for seen in self._seen.values() if seen)
         for i in reversed(range(len(points) - 1)):  # fewer rows never take more time, whatever disturbed them
             points[i] = points[i][0], min(points[i][1], points[i + 1][1])
         self._points = points
         self._table = {}
 
-    def samples(self, rows: int) -> int:
-        """Steps of so many rows that were timed."""
-        return len(self._seen.get(rows, ()))
+    def add_plain(self, time: float) -> None:
+        """A plain step, for which nothing was learned or planned, took so long."""
+        self.add(1, time)
+        if not self.fixed and self._seen[1]:  # the first does not count
+            self._plain.append((1, time))
+
+    @property
+    def plain(self) -> float:
+        """The time of a step of plain decoding."""
+        return _usual(self._plain) if self._plain else self(1)
+
+    @property
+    def plain_samples(self) -> int:
+        """Plain steps that were timed."""
+        return len(self._plain)
 
     def __call__(self, rows: int) -> float:
         """The time of a step of so many rows: on a line between two that are known, or on the last such line."""
@@ -122,8 +152,11 @@ class Budget:
 
     _timed_first = 3  # plain steps that are timed before anything else, since all is compared with them
     _timed_again = 128  # steps after which a plain one is timed again
-    _patience = 8  # plain steps in a row before the sources rest
-    _longest_rest = 32
+    _watched = 8  # steps of a sequence before the pace is first judged, and half of that after a rest
+    _margin = 1.02  # what a step that asked in vain costs, where times are given
+    _memory = 0.95  # of the pace, per step
+    _shortest_rest = 4
+    _longest_rest = 64
     _hopeless = 0.25  # of the price of a row: drafts with a smaller chance are not looked at
 
     def __init__(self, times: StepTimes, config: LookaheadConfig, own_source: bool = False) -> None:
@@ -132,45 +165,73 @@ class Budget:
         self._idle = not config.sources and not own_source
         self._window = WindowInvestment(window_shapes(config, self._most))
         self._steps = 0
-        self._plain = 0
         self._rest = 0
+        self._next_rest = self._shortest_rest
+        self._patience = 0
+        self._pace = (0.0, 0.0)  # tokens of a sequence, and plain steps in the same time, both fading
         self._rows = 0
+        self._running = 0
         self._floor = 0.0
-        self._spent = 0.0
+        self._before = (0.0, 0)
+        self._worth = WORTH if "recycled" in config.sources else 0.0
         self._ranks = RANKS if "recycled" in config.sources else 0
         self.ranks = self._ranks
 
     def plan(self, lookaheads: Sequence[Lookahead | None]) -> list[TokenTree | None]:
         """One tree per sequence; None stays None."""
+        if self._steps == 0:
+            self._patience = max(2, self._watched // len(lookaheads))
         self._steps += 1
         if self._idle or self._is_timing() or self._rest:
             self._rest = max(0, self._rest - 1)
-            self._rows, self.ranks = 1, 0
+            self._rows, self._running, self.ranks = 1, 0, 0
             return [lookahead.plain() if lookahead else None for lookahead in lookaheads]
         self.ranks = self._ranks
         running = [lookahead for lookahead in lookaheads if lookahead]
         self._window.apply(running)
         growing = [lookahead.grow(self._floor) for lookahead in running]
-        self._rows, rate = best_rows(growing, self._times, self._most)
+        self._rows, rate = best_rows(growing, self._times, self._most, self._worth)
         self._floor = self._least_chance(rate / len(running))
         self._window.reconsider(running, growing, self._times, self._most)
-        self._plain = self._plain + 1 if self._rows == 1 else 0
-        if self._plain >= self._patience:
-            self._rest = min(1 << (self._plain - self._patience), self._longest_rest)
+        self._running = len(running)
         trees = iter(growing)
         return [next(trees).tree(self._rows) if lookahead else None for lookahead in lookaheads]
 
-    def spent(self, total: float) -> None:
-        """Take note of the time that all steps so far have taken; what was added is the planned one's."""
-        if self._rows:
-            self._times.add(self._rows, total - self._spent)
-        self._spent = total
+    def spent(self, seconds: float, tokens: int) -> None:
+        """Take note of what all steps so far have taken and given; what was added is the planned one's."""
+        time, given = seconds - self._before[0], tokens - self._before[1]
+        self._before = seconds, tokens
+        if not self._rows:  # prefill
+            return
+        if self._running:
+            self._times.add(self._rows, time)
+            self._judge(time, given / self._running)
+        else:
+            self._times.add_plain(time)
+
+    def _judge(self, time: float, given: float) -> None:
+        """Let the sources rest if steps are no faster than plain ones, all that is done for them included.
+
+        Args:
+            time: of the last step.
+            given: tokens of a sequence.
+        """
+        if self._times.fixed:  # which leaves out what it takes to ask in vain
+            time = self._times(self._rows) if self._rows > 1 else self._times(1) * self._margin
+        steps = time / self._times.plain
+        self._pace = self._memory * self._pace[0] + given, self._memory * self._pace[1] + steps
+        self._patience -= 1
+        if self._pace[0] >= self._pace[1]:
+            self._next_rest = self._shortest_rest
+        elif self._patience <= 0:
+            self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, self._longest_rest)
+            self._pace, self._patience = (0.0, 0.0), max(1, self._watched // (2 * self._running))
 
     def _is_timing(self) -> bool:
         """Whether this step is plain for the clock's sake: first of all, and rarely later."""
         if self._times.fixed:
             return False
-        return self._times.samples(1) < self._timed_first or self._steps % self._timed_again == 0
+        return self._times.plain_samples < self._timed_first or self._steps % self._timed_again == 0
 
     def _least_chance(self, rate: float) -> float:
         """A part of what a node's chance must be to pay, at the mean price of a row and the rate of the last step."""
@@ -179,7 +240,7 @@ class Budget:
         return self._hopeless * rate * (self._times(self._most) - self._times(1)) / (self._most - 1)
 
 
-def best_rows(growing: Sequence[GrowingTree], times: StepTimes, most: int, start: int = 1) -> tuple[int, float]:
+def best_rows(growing: Sequence[GrowingTree], times: StepTimes, most: int, worth: float = 0.0) -> tuple[int, float]:
     """The size at which a step gives the most tokens per time, and that rate.
 
     The trees grow while a larger size could still be better: no node is likelier than the one before it.
@@ -187,19 +248,19 @@ def best_rows(growing: Sequence[GrowingTree], times: StepTimes, most: int, start
     Args:
         growing: the trees of all sequences.
         most: rows of a tree at most.
-        start: the smallest size.
+        worth: tokens of later steps that a row brings by what is learned from it.
     """
     best, rate = 0, 0.0
-    smallest = max([start, *map(len, growing)])
+    smallest = max(map(len, growing))
     sizes = [smallest, *(s for s in SIZES if smallest < s < most), *([most] if most > smallest else [])]
     prices = [times(size) for size in sizes]
     for i, size in enumerate(sizes):
-        expected = sum([tree.grow(size) for tree in growing])
+        expected = sum([tree.grow(size) + worth * len(tree) for tree in growing])
         rows = max([len(tree) for tree in growing])
         price = prices[i] if rows == size else times(rows)
         if expected > rate * price:
             best, rate = rows, expected / price
-        chance = sum([tree.next_chance for tree in growing])
+        chance = sum([tree.next_chance + worth for tree in growing if tree.next_chance])
         if not chance:
             break
         for larger in range(i + 1, len(sizes)):

@@ -84,7 +84,7 @@ def decode(
             stats.count(trees, choices)
         with _timed(stats, "commit"):
             target.commit([choice.path if choice else () for choice in choices])
-        budget.spent(stats.step_seconds)
+        budget.spent(stats.step_seconds, stats.tokens)
         yield choices
         if all(s.finish_reason for s in samplers):
             return

@@ -13,9 +13,9 @@ from .tree import TokenTree
 class GrowingTree:
     """The tree of a step in the making.
 
-    Each source is asked at each node. The chance of a node is the chance of its parent times that of its evidence;
-    the most likely node comes next, so a parent stands before its children, and the first nodes of the tree are
-    the best tree of that size.
+    Each source is asked at each node. The chance of a node is the chance of its parent times that of its evidence (and,
+    under the root, the scale of all chances). The most likely node comes next, so a parent stands before its children,
+    and the first nodes of the tree are the best tree of that size.
 
     Args:
         start: the root, and the window under it.
@@ -43,7 +43,7 @@ class GrowingTree:
     ) -> None:
         self._start = start
         self._sources = sources
-        self._acceptance = acceptance
+        self._means, self._assume = acceptance.means, acceptance.assume
         self._max_depth = max_depth
         self._floor = floor
         self.tokens = list(start.tokens)
@@ -55,7 +55,7 @@ class GrowingTree:
         self.expected = [1.0]
         self.evidence: list[int] = []
         self.proposals: dict[int, dict[int, int]] = {}
-        self._ask(0, 0, 1.0, [source.root(text) for source in sources])
+        self._ask(0, 0, acceptance.scale, [source.root(text) for source in sources])
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -91,7 +91,7 @@ class GrowingTree:
         self._nodes[node] = depth, chance, states
         if depth >= self._max_depth:
             return
-        means, assume, floor, heap, age = self._acceptance.means, self._acceptance, self._floor, self._heap, self._age
+        means, assume, floor, heap, age = self._means, self._assume, self._floor, self._heap, self._age
         for token, evidence in found.items():
             likely = chance * (means[evidence] if evidence in means else assume(evidence))
             if likely > floor:

@@ -246,26 +246,35 @@ class Acceptance:
     Args:
         sources: in the order of their marks in the evidence, lowest bits first.
 
+    What is assumed about evidence that was never seen may be wrong for a whole text (hot sampling, say). So the hits of
+    the likeliest proposals are compared with what their means said, and a tree's chances are scaled down by that.
+
     Attributes:
-        means: the chances that were asked for so far, by evidence.
+        means: the chances that were asked for so far, by evidence, unscaled.
+        scale: of all chances, at most 1.
     """
 
     _weight = 8.0  # of what is assumed, in drafts
     _most = 256.0  # drafts remembered per evidence
+    _trust = 4.0  # hits for which the assumption stands in the scale
+    _fading = 0.98  # of hits, per node that is judged
 
     def __init__(self, sources: Sequence[Source]) -> None:
         self._sources = sources
         self._counts: dict[int, list[float]] = {}
         self.means: dict[int, float] = {}
         self._names: dict[int, tuple[str, ...]] = {}
+        self._hits = 0.0
+        self._said = 0.0
+        self.scale = 1.0
 
     def __call__(self, evidence: int) -> float:
         """The chance of a draft, given that the walk reaches its parent."""
         known = self.means.get(evidence)
-        return self._assume(evidence) if known is None else known
+        return self.assume(evidence) if known is None else known
 
-    def _assume(self, evidence: int) -> float:
-        """Halfway between sources that always agree and sources that are independent."""
+    def assume(self, evidence: int) -> float:
+        """For evidence that was never seen: halfway between sources that always agree and independent ones."""
         best, none = 0.0, 1.0
         for source, mark in self.marks(evidence):
             chance = source.prior(mark)
@@ -293,9 +302,11 @@ class Acceptance:
 
     def judge(self, proposals: Mapping[int, int], token: int) -> None:
         """Count a node's proposals, token to evidence, now that the token that follows is known."""
+        means, best, likeliest = self.means, 0.0, -1
         for draft, evidence in proposals.items():
-            if evidence not in self.means:
-                self._assume(evidence)
+            mean = means[evidence] if evidence in means else self.assume(evidence)
+            if mean > best:
+                best, likeliest = mean, draft
             count = self._counts[evidence]
             count[1] += 1.0
             if draft == token:
@@ -303,4 +314,7 @@ class Acceptance:
             if count[1] > self._most:
                 count[0] /= 2
                 count[1] /= 2
-            self.means[evidence] = count[0] / count[1]
+            means[evidence] = count[0] / count[1]
+        self._hits = self._fading * self._hits + (token == likeliest)
+        self._said = self._fading * self._said + best
+        self.scale = min(1.0, (self._hits + self._trust) / (self._said + self._trust))

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from lookahead_decoding import Stats, cli, profile
+from lookahead_decoding.bench import tune_command
+from lookahead_decoding.bench.tune import Tuning, sizes_up_to
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["lookahead", *map(str, arguments)])
+    cli.main()
+
+
+def counts(tokens: int, steps: int, rows: int, outside: float = 0.0, plain: int = 0) -> Stats:
+    stats = Stats(1, tokens + 1, steps + 1, steps + 1, rows=rows, plain_steps=plain)
+    stats.seconds["observe"] = outside * steps
+    return stats
+
+
+def test_an_expected_speedup_is_tokens_per_step_over_the_price_of_a_step() -> None:
+    tuning = Tuning([(1, 1.0), (9, 2.0)], [counts(10, 10, 10)])
+    assert tuning.judge("all fed", [counts(30, 10, 90)]).speedup == pytest.approx(3 / 2)
+    assert tuning.judge("half plain", [counts(30, 10, 50, plain=5)]).speedup == pytest.approx(3 / 1.5)
+    assert tuning.judge("slow to plan", [counts(30, 10, 90, outside=1.0)]).speedup == pytest.approx(3 / 3)
+
+
+def test_times_hold_what_is_done_outside_the_forward() -> None:
+    tuning = Tuning([(1, 1.0), (64, 1.0)], [counts(10, 10, 10, outside=0.5)])
+    tuning.judge("wide", [counts(10, 10, 80, outside=0.5 + 8 * 0.01)])
+    times = dict(tuning.times())
+    assert times[1] == 1.5
+    assert times[8] == pytest.approx(1.5 + 8 * 0.01)
+
+
+def test_sizes_stay_below_the_most_rows() -> None:
+    assert sizes_up_to(16) == [1, 2, 4, 8, 12, 16]
+
+
+def test_tune_compares_settings_and_saves_the_profile(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tune_command, "GRID", ((2, 3, 2), (3, 3, 3)))
+    out = tmp_path / "tune.json"
+    run(monkeypatch, "tune", "pocket", "--dtype", "float32", "--limit", 2, "--max-new-tokens", 16, "--json", out)
+    printed = capsys.readouterr().out
+    assert "best fixed W,N,G: " in printed
+    assert "the adaptive default: " in printed
+    written = json.loads(out.read_text())
+    assert [s["settings"] for s in written["settings"]] == ["2,3,2", "3,3,3", "adaptive"]
+    saved = profile.load(profile.Machine(**written["machine"]))
+    assert saved == [(rows, seconds) for rows, seconds in written["seconds"]]
+    capsys.readouterr()
+    run(monkeypatch, "doctor", "pocket", "--dtype", "float32", "--json")
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["profile"] == "saved by `lookahead tune`"
+    assert facts["tokens_per_step"] >= 1.0
+    assert facts["dtype"] == "float32"
+
+
+def test_doctor_says_whether_it_pays(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run(monkeypatch, "doctor", "pocket", "--dtype", "float32")
+    printed = capsys.readouterr().out
+    assert "attention" in printed
+    assert "pays here" in printed
