@@ -85,10 +85,10 @@ def test_sampled_methods_start_from_the_same_seed(tiny: Tiny) -> None:
 
 
 def test_replay_forces_the_reference(tiny: Tiny) -> None:
-    methods = [make(name, "float32", tiny(), SMALL) for name in ("autoregressive", "lookahead")]
+    methods = [make(name, "float32", tiny(), SMALL) for name in ("autoregressive", "lookahead", "hf-prompt-lookup")]
     reference = (7, 8, 9, 7, 8, 9, 7, 8, 9, 7, 8, 9)
     (rows,) = measure(methods, [Job(((5, 6),), reference)], {"do_sample": False})
-    assert [r.tokens for r in rows] == [12, 12]
+    assert [r.tokens for r in rows] == [12, 12, 12]
     assert rows[1].mean_acceptance_length > 1.0
     forced = Replay([5, 6, 7])(torch.tensor([[5, 6]]), torch.zeros(1, 10))
     assert forced.argmax().item() == 7

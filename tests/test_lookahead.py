@@ -108,6 +108,11 @@ def test_an_empty_prompt_is_refused() -> None:
         ({"window_size": 0}, "window_size must be at least 1, got 0"),
         ({"ngram_size": 1}, "ngram_size must be at least 2, got 1"),
         ({"verification_set_size": -1}, "verification_set_size must be at least 0, got -1"),
+        ({"max_rows": 0}, "max_rows must be at least 1, got 0"),
+        ({"window_size": 9, "ngram_size": 3, "max_rows": 17}, "the window has 18 rows and max_rows is 17"),
+        ({"adaptive": False}, "adaptive=False needs window_size"),
+        ({"step_times": ((0, 1.0),)}, "rows of at least 1 and times above 0"),
+        ({"step_times": ((4, 1.0), (4, 2.0))}, "a number of rows twice"),
         ({"sources": ("windows",)}, "unknown source 'windows'"),
         ({"sources": ("window", "window")}, "names one twice"),
     ],
@@ -117,10 +122,45 @@ def test_a_bad_setting_is_one_clear_line(settings: dict[str, object], message: s
         LookaheadConfig(**settings)
 
 
-@pytest.mark.parametrize("settings", [{"window_size": 2.0}, {"ngram_size": True}, {"sources": "window"}])
+@pytest.mark.parametrize(
+    "settings", [{"window_size": 2.0}, {"ngram_size": True}, {"sources": "window"}, {"step_times": (1, 2)}]
+)
 def test_a_setting_of_the_wrong_type_is_refused(settings: dict[str, object]) -> None:
     with pytest.raises(TypeError):
         LookaheadConfig(**settings)
+
+
+def test_the_largest_tree_has_room_for_what_is_fixed() -> None:
+    assert LookaheadConfig().most_rows == 64
+    assert LookaheadConfig(15, 5).most_rows == 64 + 60
+    assert LookaheadConfig(15, 5, max_rows=70).most_rows == 70
+    assert LookaheadConfig.paper(15, 5, 15).most_rows == 120
+    assert LookaheadConfig.paper(15, 5, 15, ("prompt",)).most_rows == 61
+    assert PLAIN.most_rows == 1
+
+
+def test_the_paper_has_no_recycled_source() -> None:
+    with pytest.raises(ValueError, match="which has no source 'recycled'"):
+        LookaheadConfig.paper(sources=("window", "recycled"))
+
+
+def test_what_the_target_ranked_is_a_candidate_where_the_text_has_none() -> None:
+    core = lookahead([1, 2], sources=("recycled",), max_rows=3)
+    core.observe(Choice((3,), (0,), ranked={0: [3, 4]}))  # prefill: after 2
+    assert core.plan().tokens == (3, 3, 3)  # nothing is known about 3 but what is frequent
+    core.observe(Choice((2,), (0,), ranked={0: [2, 5]}))
+    tree = core.plan()
+    assert tree.tokens == (2, 3, 2)
+    assert tree.parents == (-1, 0, 1)
+
+
+def test_drafts_are_counted_by_source() -> None:
+    counts: dict[str, object] = {}
+    config = LookaheadConfig(sources=("prompt",), max_rows=3)
+    core = Lookahead([1, 2, 3, 1], config, counts=counts)  # type: ignore[arg-type]
+    assert core.plan().tokens == (1, 2, 3)
+    core.observe(Choice((2, 9), (0, 1)))
+    assert vars(counts["suffix"]) == {"proposed": 2, "accepted": 1, "rows": 2.0}
 
 
 @given(

@@ -13,9 +13,9 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from statistics import median
 
-from .config import LookaheadConfig
+from .config import NGRAM_SIZE, LookaheadConfig
 from .grow import GrowingTree
-from .lookahead import NGRAM_SIZE, Lookahead, max_rows
+from .lookahead import Lookahead, max_rows
 from .sources import RANKS
 from .tree import TokenTree
 

@@ -71,9 +71,12 @@ def read_prompts(path: Path, field: str, limit: int | None = None) -> list[str]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise Problem(f"{path}, line {number}: not JSON ({error.msg})") from error
-        if not isinstance(record, dict) or not isinstance(record.get(field), str):
+        text = record.get(field) if isinstance(record, dict) else None
+        if isinstance(text, list) and text:  # the turns of a talk: the first can be answered
+            text = text[0]
+        if not isinstance(text, str):
             raise Problem(f"{path}, line {number}: no text in field {field!r} (choose one with --field)")
-        prompts.append(record[field])
+        prompts.append(text)
     if not prompts:
         raise Problem(f"{path}: no prompts in it")
     return prompts

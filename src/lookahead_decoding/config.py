@@ -9,7 +9,10 @@ from typing import NoReturn
 SOURCES = ("window", "prompt", "output", "recycled")
 
 MAX_ROWS = 64
-"""Rows of a step at most, where the caller says nothing."""
+"""Rows of a step at most, where the caller says nothing; a window of a fixed size comes on top."""
+
+NGRAM_SIZE = 4
+"""N of a window of which it is not given."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class LookaheadConfig:
         verification_set_size: G, n-grams kept per first token. At least 0, which keeps none.
         sources: where candidates come from, any of "window", "prompt", "output" and "recycled". None at all is plain
             decoding.
-        max_rows: nodes of one sequence's tree at most, root and window included. A fixed window must fit.
+        max_rows: nodes of one sequence's tree at most, root and window included; left out, 64, and a window of a fixed
+            size comes on top. A fixed window must fit.
         step_times: t(n) as pairs of rows and time, in any unit, between which lines are drawn; one pair says that rows
             cost nothing. Left out, times are measured. The tokens do not depend on them, only the trees do.
         adaptive: False is the paper's algorithm, with all three sizes given: a fixed window, n-grams of the
@@ -61,14 +65,15 @@ class LookaheadConfig:
     @property
     def most_rows(self) -> int:
         """Nodes of the largest tree."""
+        if self.max_rows is not None:
+            return self.max_rows
         if not self.sources:
-            return self.max_rows or 1
-        if self.max_rows is not None or self.adaptive:
-            return self.max_rows or MAX_ROWS
-        assert self.window_size is not None
-        assert self.ngram_size is not None
-        assert self.verification_set_size is not None
-        return (self.ngram_size - 1) * (self.window_size + self.verification_set_size)
+            return 1
+        drafts = (self.ngram_size or NGRAM_SIZE) - 1
+        window = drafts * (self.window_size or 0) if "window" in self.sources else 0
+        if self.adaptive:
+            return MAX_ROWS + window
+        return max(1, window) + drafts * (self.verification_set_size or 0)
 
     def __call__(self, *args: object, **kwargs: object) -> NoReturn:
         """`custom_generate=` passes over what it cannot call; a config would be ignored there without a word."""
@@ -106,7 +111,7 @@ class LookaheadConfig:
                     "adaptive=False is the paper's algorithm, which has no source 'recycled': leave it out"
                 )
         if self.window_size is not None and "window" in self.sources:
-            rows = ((self.ngram_size or 2) - 1) * self.window_size
+            rows = ((self.ngram_size or NGRAM_SIZE) - 1) * self.window_size
             if rows > self.most_rows:
                 raise ValueError(f"the window has {rows} rows and max_rows is {self.most_rows}: make one fit the other")
 

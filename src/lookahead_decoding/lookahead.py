@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .config import LookaheadConfig
+from .config import NGRAM_SIZE, LookaheadConfig
 from .grow import GrowingTree
 from .pool import NgramPool
 from .sources import Acceptance, NgramSource, OwnSource, Propose, RecycledSource, Source, SourceCount, SuffixSource
@@ -28,9 +28,8 @@ from .window import Window
 PROPOSED_ROWS = 128
 """Room for a source of one's own in a step; candidates that do not fit into it are left out."""
 
-NGRAM_SIZE = 4
 KEPT_NGRAMS = 8
-"""N and G of a window of which they are not given."""
+"""G of a window of which it is not given."""
 
 
 @dataclass(frozen=True)

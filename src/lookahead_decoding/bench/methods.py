@@ -32,6 +32,8 @@ class Replay(LogitsProcessor):  # type: ignore[misc]
         self._ids = list(ids)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if input_ids.shape[1] >= len(self._ids):  # prompt lookup asks past the end
+            return scores
         forced = torch.full_like(scores, -torch.inf)
         forced[:, self._ids[input_ids.shape[1]]] = 0.0
         return forced
