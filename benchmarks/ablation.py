@@ -5,10 +5,11 @@
     python benchmarks/ablation.py --data FOLDER --model pocket --set humaneval --replay --limit 40 --out FILE.json
     python benchmarks/ablation.py --plot FILE.png FILE.json ...
 
-Time plays no part: t(n) is flat, so a tree takes the likeliest nodes up to the cap. Settings are all sources, all but
-the window, suffix and recycled alone, and the paper's (W, N, G). Every output is compared with plain decoding. Small
-models loop, and loops flatter every speculative method, so prompts whose plain answer has at most half of its 8-grams
-distinct are left out (except for stories, which are few).
+Time plays no part: t(n) is flat, so a tree takes the likeliest nodes up to the cap. Settings are all sources, all
+with a shared pool that knows the answers to the prompts before, all but the window, suffix and recycled alone, and the
+paper's (W, N, G). Every output is compared with plain decoding. Small models loop, and loops flatter every speculative
+method, so prompts whose plain answer has at most half of its 8-grams distinct are left out (except for stories, which
+are few).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, stdev
@@ -33,6 +35,7 @@ from lookahead_decoding.profile import device_name
 FREE = ((1, 1.0),)
 SOURCES: dict[str, tuple[str, ...]] = {
     "all": ("window", "prompt", "output", "recycled"),
+    "all, and answers to earlier prompts": ld.LookaheadConfig().sources,  # in a shared pool
     "without window": ("prompt", "output", "recycled"),
     "suffix": ("prompt", "output"),
     "recycled": ("recycled",),
@@ -82,9 +85,17 @@ def read(data: Path, name: str, limit: int | None) -> list[tuple[str, str | None
     return found
 
 
-def run(model: PreTrainedModel, ids: list[int], text: list[int], replay: bool, config: ld.LookaheadConfig) -> ld.Stats:
+def run(
+    model: PreTrainedModel,
+    ids: list[int],
+    text: list[int],
+    replay: bool,
+    config: ld.LookaheadConfig,
+    pool: ld.SharedPool,
+) -> ld.Stats:
     """Decode `text` after the prompt, and check that it came out."""
-    prompt, decoding = torch.tensor([ids]), ld.LookaheadDecoding(config)
+    shared = pool.namespace("answers") if "shared" in config.sources else None
+    prompt, decoding = torch.tensor([ids]), ld.LookaheadDecoding(config, shared=shared)
     options: dict[str, Any] = {"max_new_tokens": len(text), "do_sample": False, "eos_token_id": None}
     if replay:
         options["logits_processor"] = LogitsProcessorList([Replay([*ids, *text])])
@@ -121,6 +132,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
     found: dict[str, list[list[ld.Stats]]] = {}
+    pools: defaultdict[tuple[str, int], ld.SharedPool] = defaultdict(ld.SharedPool)
     shares, used = [], 0
     for number, (prompt, reference) in enumerate(read(args.data, args.set, args.limit)):
         ids = tokenizer(prompt).input_ids
@@ -137,7 +149,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for seed in range(args.seeds):
             for name, config in settings(args.rows, seed, args.settings):
                 by_seed = found.setdefault(name, [[] for _ in range(args.seeds)])
-                by_seed[seed].append(run(model, ids, text, args.replay, config))
+                by_seed[seed].append(run(model, ids, text, args.replay, config, pools[name, seed]))
         print(f"prompt {number}: {used} used", flush=True)
     lines: dict[str, dict[str, Any]] = {}
     for name, by_seed in found.items():

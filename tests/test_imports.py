@@ -8,8 +8,8 @@ from pathlib import Path
 import lookahead_decoding
 
 LAYERS = [
-    {"config", "tree", "window", "pool", "suffix", "sources", "grow", "lookahead", "budget", "stats"},
-    {"attention", "kernels", "graphs", "cache", "choose", "profile"},
+    {"config", "tree", "window", "pool", "suffix", "shared", "sources", "grow", "lookahead", "budget", "stats"},
+    {"attention", "kernels", "graphs", "cache", "choose", "files", "profile", "shared_file"},
     {"target"},
     {"decode", "hf", "text", "exactness"},
     {"cli", "cli_common"},

@@ -13,6 +13,8 @@ from .decode import Request, autoregressive, decode
 from .hf import LookaheadDecoding, generate
 from .lookahead import Choice, Lookahead
 from .pool import NgramPool
+from .shared import SharedPool
+from .shared_file import load_pool, save_pool
 from .stats import Stats
 from .target import Target
 from .text import StreamStep, stream
@@ -30,6 +32,7 @@ __all__ = [
     "NgramPool",
     "Request",
     "Sampler",
+    "SharedPool",
     "Stats",
     "StepLogits",
     "StreamStep",
@@ -41,7 +44,9 @@ __all__ = [
     "choose",
     "decode",
     "generate",
+    "load_pool",
     "pocket_path",
+    "save_pool",
     "stream",
 ]
 

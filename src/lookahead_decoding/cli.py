@@ -25,10 +25,22 @@ from . import __version__
 from .bench.command import bench
 from .bench.methods import of_steps
 from .bench.tune_command import doctor, tune
-from .cli_common import DTYPES, Problem, config_of, encode, first_line, load, read_prompts, room, sampling
+from .cli_common import (
+    DTYPES,
+    Problem,
+    config_of,
+    encode,
+    first_line,
+    load,
+    read_prompts,
+    room,
+    sampling,
+    shared_text,
+)
 from .config import MAX_ROWS, PLAIN, SOURCES, LookaheadConfig
 from .exactness import compare
 from .hf import LookaheadDecoding, Run, call_generate, context_of
+from .shared import Namespace
 from .target import COMPILE
 from .text import Detokenizer, decode_text, stream
 
@@ -158,6 +170,27 @@ def _lookahead_options(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
+def _shared_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Options of a shared pool, which the command gets as `shared`; the file is written when the command ends."""
+
+    @functools.wraps(command)
+    def opened(shared_pool: Path | None, namespace: str | None, **rest: Any) -> None:
+        with shared_text(shared_pool, namespace) as shared:
+            command(shared=shared, **rest)
+
+    wrapped: Callable[..., None] = opened
+    for option in (
+        click.option(
+            "--shared-pool",
+            type=click.Path(dir_okay=False, path_type=Path),
+            help="A file with text of earlier requests, where candidates come from as well; answers are added to it.",
+        ),
+        click.option("--namespace", help="The part of --shared-pool that is read and added to.  [default: default]"),
+    ):
+        wrapped = option(wrapped)
+    return wrapped
+
+
 def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option(
@@ -197,6 +230,7 @@ def cli() -> None:
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
 @_sampling_options
 @_lookahead_options
+@_shared_options
 @click.option("--plain", is_flag=True, help="Decode plainly, for comparison.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per prompt, and nothing else.")
 def generate(
@@ -216,6 +250,7 @@ def generate(
     seed: int,
     config: LookaheadConfig,
     compile: str,
+    shared: Namespace | None,
     plain: bool,
     as_json: bool,
 ) -> None:
@@ -246,9 +281,9 @@ def generate(
         first = 0
         for batch, length in batches(target, encoded, batch_size, max_new_tokens):
             seeds = [seed + first + i for i in range(len(batch))]
-            decoding = LookaheadDecoding(config, tokenizer=tokenizer, seeds=seeds, compile=compile)
             printer = _Printer(tokenizer, enabled=not as_json and len(encoded) == 1)
             try:
+                decoding = LookaheadDecoding(config, tokenizer=tokenizer, seeds=seeds, shared=shared, compile=compile)
                 answers = answer(
                     target, tokenizer, batch, decoding, {**options, "max_new_tokens": length}, printer.step
                 )
@@ -288,6 +323,7 @@ class _Printer:
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
 @_sampling_options
 @_lookahead_options
+@_shared_options
 def chat(
     model: str,
     device: str | None,
@@ -300,6 +336,7 @@ def chat(
     seed: int,
     config: LookaheadConfig,
     compile: str,
+    shared: Namespace | None,
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, Ctrl-D or an empty line ends the talk.
 
@@ -323,9 +360,8 @@ def chat(
         said = ""
         try:
             options = sampling(temperature, top_k, top_p)
-            for step in stream(
-                target, tokenizer, ids, lookahead=config, seed=seed, compile=compile, max_new_tokens=length, **options
-            ):
+            options |= {"max_new_tokens": length, "compile": compile, "shared": shared}
+            for step in stream(target, tokenizer, ids, lookahead=config, seed=seed, **options):
                 said += step.text
                 print(step.text, end="", flush=True)
         except KeyboardInterrupt:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from . import pocket_path
 from .config import SOURCES, LookaheadConfig
 from .hf import context_of
+from .shared import Namespace, SharedPool
+from .shared_file import load_pool, save_pool
 from .target import probe
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -123,3 +126,25 @@ def config_of(
         return LookaheadConfig(*sizes, tuple(names), max_rows=max_rows, adaptive=not paper)
     except (TypeError, ValueError) as error:
         raise Problem(str(error)) from error
+
+
+@contextmanager
+def shared_text(path: Path | None, name: str | None) -> Iterator[Namespace | None]:
+    """A namespace of the shared pool in a file, which is written at the end, with what was finished until then."""
+    if path is None:
+        if name is not None:
+            raise Problem("--namespace is a part of a --shared-pool: give that as well")
+        yield None
+        return
+    if not path.absolute().parent.is_dir():
+        raise Problem(f"--shared-pool: no folder {str(path.absolute().parent)!r}")
+    try:
+        pool = load_pool(path) if path.exists() else SharedPool()
+        namespace = pool.namespace("default" if name is None else name)
+    except ValueError as error:
+        raise Problem(f"--shared-pool: {first_line(error)}") from error
+    try:
+        yield namespace
+    finally:
+        if namespace.tokens:
+            save_pool(pool, path)

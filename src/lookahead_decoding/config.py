@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-SOURCES = ("window", "prompt", "output", "recycled")
+SOURCES = ("window", "prompt", "output", "recycled", "shared")
 
 MAX_ROWS = 64
 """Rows of a step at most, where the caller says nothing; a window of a fixed size comes on top."""
@@ -24,8 +24,8 @@ class LookaheadConfig:
             once. At least 1. Left out, the window has the size that pays, which may be none.
         ngram_size: N, length of the window's n-grams. At least 2.
         verification_set_size: G, n-grams kept per first token. At least 0, which keeps none.
-        sources: where candidates come from, any of "window", "prompt", "output" and "recycled". None at all is plain
-            decoding.
+        sources: where candidates come from, any of "window", "prompt", "output", "recycled" and, for who gives a shared
+            pool, "shared". None at all is plain decoding.
         max_rows: nodes of one sequence's tree at most, root and window included; left out, 64, and a window of a fixed
             size comes on top. A fixed window must fit.
         step_times: t(n) as pairs of rows and time, in any unit, between which lines are drawn; one pair says that rows
@@ -106,10 +106,11 @@ class LookaheadConfig:
             for name in ("window_size", "ngram_size", "verification_set_size"):
                 if getattr(self, name) is None:
                     raise ValueError(f"adaptive=False needs {name}: use LookaheadConfig.paper(W, N, G)")
-            if "recycled" in self.sources:
-                raise ValueError(
-                    "adaptive=False is the paper's algorithm, which has no source 'recycled': leave it out"
-                )
+            for name in ("recycled", "shared"):
+                if name in self.sources:
+                    raise ValueError(
+                        f"adaptive=False is the paper's algorithm, which has no source {name!r}: leave it out"
+                    )
         if self.window_size is not None and "window" in self.sources:
             rows = ((self.ngram_size or NGRAM_SIZE) - 1) * self.window_size
             if rows > self.most_rows:

@@ -11,6 +11,7 @@ from .budget import Budget
 from .choose import Sampler, choose
 from .config import LookaheadConfig
 from .lookahead import Choice, Lookahead, max_rows
+from .shared import Namespace
 from .sources import Propose
 from .stats import Stats
 from .target import SINGLE, Target
@@ -27,6 +28,7 @@ class Request:
         limit: length its text can reach, prompt included, padding not.
         barred: tokens not worth guessing past: those that end it, and padding.
         propose: a further source of candidates.
+        shared: text of earlier requests that candidates may come from.
         cached: tokens of the prompt that the target has committed already.
     """
 
@@ -35,6 +37,7 @@ class Request:
     limit: int
     barred: frozenset[int] = frozenset()
     propose: Propose | None = None
+    shared: Namespace | None = None
     cached: int = 0
 
 
@@ -66,7 +69,15 @@ def decode(
         if needed > target.capacity:
             raise ValueError(f"the target's capacity is {target.capacity} slots, and a request needs {needed}")
     lookaheads = [
-        Lookahead(r.prompt, config, limit=r.limit, stop_ids=r.barred, propose=r.propose, counts=stats.sources)
+        Lookahead(
+            r.prompt,
+            config,
+            limit=r.limit,
+            stop_ids=r.barred,
+            propose=r.propose,
+            shared=r.shared,
+            counts=stats.sources,
+        )
         for r in requests
     ]
     budget = Budget(target.step_times(config), config, own_source=any(r.propose for r in requests))
@@ -78,9 +89,9 @@ def decode(
         with _timed(stats, "choose"):
             choices = choose(logits, trees, samplers, ranks=budget.ranks)
         with _timed(stats, "observe"):
-            for lookahead, choice in zip(lookaheads, choices, strict=True):
+            for lookahead, choice, sampler in zip(lookaheads, choices, samplers, strict=True):
                 if choice is not None:
-                    lookahead.observe(choice)
+                    lookahead.observe(choice, ended=sampler.finish_reason is not None)
             stats.count(trees, choices)
         with _timed(stats, "commit"):
             target.commit([choice.path if choice else () for choice in choices])

@@ -37,6 +37,7 @@ from .choose import Sampler
 from .config import LookaheadConfig
 from .decode import Request, decode
 from .lookahead import Choice, max_rows
+from .shared import Namespace
 from .sources import Propose
 from .stats import Stats
 from .target import Target, check_length, probe
@@ -102,6 +103,18 @@ GENERATE_PARAMETERS: dict[str, str] = {
 _MODEL_INPUTS = frozenset({"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"})
 
 
+def _shared(shared: Any, config: LookaheadConfig) -> Namespace | None:
+    if shared is None:
+        if config.sources == ("shared",):
+            raise ValueError("sources: 'shared' alone needs a shared pool: pass shared=SharedPool().namespace(name)")
+        return None
+    if not isinstance(shared, Namespace):
+        raise TypeError(f"shared must be a namespace, SharedPool().namespace(name), got {type(shared).__name__}")
+    if "shared" not in config.sources:
+        raise ValueError("a shared pool was given, and the config's sources leave out 'shared': name it there")
+    return shared
+
+
 def _seeds(seeds: Any) -> list[int] | None:
     if seeds is None:
         return None
@@ -124,6 +137,8 @@ class LookaheadDecoding:
         seeds: one per sequence, for sampling; each sequence then draws from a generator of its own. With
             several sequences and no seeds they are drawn from torch's generator; with one, torch's is used itself.
         propose: a further source of candidates: the text so far (token ids, prompt included) to draft tokens.
+        shared: a namespace of a `SharedPool`: candidates come from what its earlier requests have left, and what this
+            one answers joins it once it is finished.
         compile: how a step runs, "auto", "off", "graphs" or "full" (see `Target`).
 
     Attributes:
@@ -140,6 +155,7 @@ class LookaheadDecoding:
         stop_strings: str | Sequence[str] | None = None,
         seeds: Sequence[int] | None = None,
         propose: Propose | None = None,
+        shared: Namespace | None = None,
         compile: str = "auto",
     ) -> None:
         if config is not None and not isinstance(config, LookaheadConfig):
@@ -152,6 +168,7 @@ class LookaheadDecoding:
         self.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
         self.seeds = _seeds(seeds)
         self.propose = propose
+        self.shared = _shared(shared, self.config)
         self.compile = compile
         self.stats = Stats()
         self.finish_reasons: list[str] = []
@@ -213,6 +230,8 @@ class LookaheadDecoding:
         if generation_config.cache_implementation is not None or past is None:
             past = DynamicCache(config=model.config.get_text_config(decoder=True))
         rows = _layout(input_ids, model_kwargs, past, generation_config)
+        if self.shared is not None:
+            self.shared.bind(model.config.get_text_config(decoder=True).vocab_size)
         requests = _requests(self, input_ids, logits_processor, stopping_criteria, generation_config, rows)
         before = past.get_seq_length()
         longest = before + max(r.limit - r.cached for r in requests)
@@ -308,6 +327,7 @@ def generate(
         tokenizer=tokenizer if tokenizer is not None else base.tokenizer,
         seeds=seeds if seeds is not None else base.seeds,
         propose=base.propose,
+        shared=base.shared,
         compile=base.compile,
     )
     decoding.stop_strings = base.stop_strings
@@ -459,7 +479,8 @@ def _requests(
         )
         prompt = tuple(ids[row, place.skip :].tolist())
         barred = frozenset(stop_ids | ({_first(pad)} if pad is not None and stop_ids else set()))  # not worth guessing
-        requests.append(Request(prompt, sampler, max_length - place.skip, barred, decoding.propose, place.cached))
+        limit = max_length - place.skip
+        requests.append(Request(prompt, sampler, limit, barred, decoding.propose, decoding.shared, place.cached))
     return requests
 
 

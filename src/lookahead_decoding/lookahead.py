@@ -21,7 +21,18 @@ from dataclasses import dataclass, field
 from .config import NGRAM_SIZE, LookaheadConfig
 from .grow import GrowingTree
 from .pool import NgramPool
-from .sources import Acceptance, NgramSource, OwnSource, Propose, RecycledSource, Source, SourceCount, SuffixSource
+from .shared import Namespace
+from .sources import (
+    Acceptance,
+    NgramSource,
+    OwnSource,
+    Propose,
+    RecycledSource,
+    SharedSource,
+    Source,
+    SourceCount,
+    SuffixSource,
+)
 from .tree import TokenTree, build_tree
 from .window import Window
 
@@ -68,6 +79,7 @@ class Lookahead:
             stands at that position or past it.
         stop_ids: tokens that end the text; they are not worth guessing past.
         propose: a further source of candidates.
+        shared: text of earlier requests, if there is any; asked where the sources name it.
         counts: where drafts are counted by source.
 
     Attributes:
@@ -86,6 +98,7 @@ class Lookahead:
         limit: int = 1 << 30,
         stop_ids: Collection[int] = (),
         propose: Propose | None = None,
+        shared: Namespace | None = None,
         counts: dict[str, SourceCount] | None = None,
     ) -> None:
         if not prompt:
@@ -93,6 +106,7 @@ class Lookahead:
         self.text = list(prompt)
         self.window_gain = 0
         self._prompt = tuple(prompt)
+        self._shared = shared
         self._config = config
         self._limit = limit
         self._stop_ids = stop_ids
@@ -110,6 +124,8 @@ class Lookahead:
             self._sources.append(SuffixSource(prompt, searched))
         if self._recycled:
             self._sources.append(self._recycled)
+        if shared is not None and "shared" in config.sources:
+            self._sources.append(SharedSource(shared))
         if "window" in config.sources or self._pooled:
             self._sources.append(NgramSource(self._pool, at_root=not config.adaptive))
         self._acceptance = Acceptance(self._sources)
@@ -158,8 +174,13 @@ class Lookahead:
         self._growing = None
         return TokenTree((self.text[-1],), (-1,))
 
-    def observe(self, choice: Choice) -> None:
-        """Learn from a step: its tokens join the text, its window tokens the window and the pool."""
+    def observe(self, choice: Choice, ended: bool = False) -> None:
+        """Learn from a step: its tokens join the text, its window tokens the window and the pool.
+
+        Args:
+            choice: what came out.
+            ended: whether the text has ended with it; then it joins the shared text.
+        """
         known = len(self.text)
         if self._window and choice.window_tokens:
             for ngram in self._window.advance(self.text[-1], choice.window_tokens):
@@ -172,6 +193,8 @@ class Lookahead:
         self.text += choice.tokens
         if self._pooled and "output" in self._config.sources:
             self._learn(known)
+        if ended and self._shared is not None:
+            self._shared.learn(self.text, len(self._prompt))
 
     def _judge(self, growing: GrowingTree, choice: Choice) -> None:
         """Count what was proposed at the nodes of the path, and whose drafts were fed and accepted."""

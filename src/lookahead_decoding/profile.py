@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import platform
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +18,8 @@ from typing import Any
 import platformdirs
 import torch
 import transformers
+
+from .files import replace
 
 FORMAT = 1
 
@@ -82,9 +82,7 @@ def save(machine: Machine, times: Sequence[tuple[int, float]]) -> Path:
     path = machine.path
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"format": FORMAT, "machine": asdict(machine), "times": [list(pair) for pair in times]}
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(json.dumps(content, indent=1) + "\n")
-    os.replace(file.name, path)
+    replace(path, (json.dumps(content, indent=1) + "\n").encode())
     return path
 
 

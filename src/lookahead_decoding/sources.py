@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from .pool import NgramPool
+from .shared import Namespace, SharedText
 from .suffix import NOWHERE, Match, SuffixAutomaton
 
 Propose = Callable[[Sequence[int]], Iterable[Sequence[int]]]
@@ -68,7 +69,27 @@ class Source(Protocol):
         """The chance of a draft with this mark, before anything is known about it."""
 
 
-class SuffixSource:
+class MatchMarks:
+    """Marks of continuations by the length of their match, in classes, and their rank."""
+
+    bits = 5
+    _continuations = 3
+    # Matches of 20 tokens and more are of one class.
+    _classes = (0, 0, 1, 2, 3, 3, 4, 4, 4, 4, *[5] * 10, 6)
+
+    def _marked(self, found: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Tokens and their marks, from tokens and the lengths of their matches."""
+        classes = self._classes
+        return [
+            (token, 1 + 3 * classes[length if length < 20 else 20] + rank) for rank, (token, length) in enumerate(found)
+        ]
+
+    def prior(self, mark: int) -> float:
+        length, rank = divmod(mark - 1, 3)
+        return (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)[length] * (1.0, 0.4, 0.2)[rank]
+
+
+class SuffixSource(MatchMarks):
     """The longest earlier occurrence of the text's end, and what followed it.
 
     Args:
@@ -77,10 +98,6 @@ class SuffixSource:
     """
 
     name = "suffix"
-    bits = 5
-    _continuations = 3
-    # The class of a match by its length; matches of 20 tokens and more are of one class.
-    _classes = (0, 0, 1, 2, 3, 3, 4, 4, 4, 4, *[5] * 10, 6)
 
     def __init__(self, prompt: Sequence[int], sources: Sequence[str]) -> None:
         self._automaton = SuffixAutomaton()
@@ -104,15 +121,37 @@ class SuffixSource:
         return self._automaton.follow(state, token)
 
     def propose(self, state: Match) -> list[tuple[int, int]]:
-        found = self._automaton.continuations(state, self._continuations)
-        classes = self._classes
-        return [
-            (token, 1 + 3 * classes[length if length < 20 else 20] + rank) for rank, (token, length) in enumerate(found)
-        ]
+        return self._marked(self._automaton.continuations(state, self._continuations))
 
-    def prior(self, mark: int) -> float:
-        length, rank = divmod(mark - 1, 3)
-        return (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)[length] * (1.0, 0.4, 0.2)[rank]
+
+class SharedSource(MatchMarks):
+    """The longest occurrence of the text's end in what earlier requests of a namespace have left.
+
+    Args:
+        namespace: of a shared pool.
+    """
+
+    name = "shared"
+    _longest = 64  # tokens of the prompt's end that are matched
+
+    def __init__(self, namespace: Namespace) -> None:
+        self._text = SharedText(namespace)
+        self._matches = self._text.start()
+        self._read = 0
+
+    def root(self, text: Sequence[int]) -> tuple[Match, ...]:
+        start = len(text) - self._longest
+        if start > self._read:  # some tokens are passed over, so nothing that ends before them matches
+            self._matches, self._read = self._text.start(), start
+        self._matches = self._text.follow(self._matches, text[self._read :])
+        self._read = len(text)
+        return self._matches
+
+    def follow(self, state: tuple[Match, ...], token: int) -> tuple[Match, ...]:
+        return self._text.follow(state, (token,))
+
+    def propose(self, state: tuple[Match, ...]) -> list[tuple[int, int]]:
+        return self._marked(self._text.continuations(state, self._continuations))
 
 
 class RecycledSource:

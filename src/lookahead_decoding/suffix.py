@@ -12,6 +12,9 @@ from collections.abc import Iterable
 REFRESHED = 8
 """Contexts of a new token in which it becomes the newest continuation, longest first: a bound on the work per token."""
 
+STATE_BYTES = 350
+"""Memory of a state with its transitions, rounded up; a token makes one or two states."""
+
 Match = tuple[int, int]
 """A state, and how many of the last tokens match there."""
 
@@ -19,7 +22,7 @@ NOWHERE: Match = (0, 0)
 
 
 class SuffixAutomaton:
-    """All substrings of a text that grows.
+    """All substrings of a text that grows, or of several, one after the other.
 
     Continuations of a state are in the order in which they were last seen, newest last.
     """
@@ -33,13 +36,27 @@ class SuffixAutomaton:
             self.add(token)
 
     def __len__(self) -> int:
-        """Tokens of the text."""
+        """Tokens of the text, the last one if there are several."""
         return self._length[self._last]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory, as an upper estimate."""
+        return STATE_BYTES * len(self._next)
+
+    def begin(self) -> None:
+        """Begin another text: its first token follows nothing."""
+        self._last = 0
 
     def add(self, token: int) -> None:
         """Append a token."""
         following, link, length = self._next, self._link, self._length
         before = state = self._last
+        known = following[before].get(token)
+        if known is not None:  # only where an earlier text begins with the same tokens
+            self._last = known if length[known] == length[before] + 1 else self._split(before, token, known)
+            self._refresh(before, token)
+            return
         new = len(following)
         following.append({})
         length.append(length[before] + 1)
@@ -52,13 +69,17 @@ class SuffixAutomaton:
             if length[other] > length[state] + 1:  # it stands for longer substrings as well: split it
                 other = self._split(state, token, other)
             link[new] = other
-            for _ in range(REFRESHED):
-                contexts = following[state]
-                contexts[token] = contexts.pop(token)
-                state = link[state]
-                if state < 0:
-                    break
+            self._refresh(state, token)
         self._last = new
+
+    def _refresh(self, state: int, token: int) -> None:
+        """Make a token the newest continuation of a state and of the shorter contexts that it ends with."""
+        for _ in range(REFRESHED):
+            contexts = self._next[state]
+            contexts[token] = contexts.pop(token)
+            state = self._link[state]
+            if state < 0:
+                break
 
     def _split(self, state: int, token: int, other: int) -> int:
         """A state of its own for the substrings of `other` that are not longer than those of `state` and a token."""

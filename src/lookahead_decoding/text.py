@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import LookaheadConfig
 from .hf import LookaheadDecoding, Run, call_generate
+from .shared import Namespace
 from .sources import Propose
 from .stats import Stats
 
@@ -68,6 +69,7 @@ def stream(
     lookahead: LookaheadConfig | None = None,
     seed: int | None = None,
     propose: Propose | None = None,
+    shared: Namespace | None = None,
     compile: str = "auto",
     **kwargs: Any,
 ) -> Iterator[StreamStep]:
@@ -81,7 +83,7 @@ def stream(
         prompt: text, or token ids (a list, or a tensor of one sequence).
         lookahead: W, N, G and the sources.
         seed: for sampling; torch's own generator is used if left out.
-        propose: a further source of candidates (see `LookaheadDecoding`).
+        propose, shared: further sources of candidates (see `LookaheadDecoding`).
         compile: how a step runs (see `Target`).
         kwargs: what `model.generate` takes, such as `max_new_tokens`, `do_sample` or `stop_strings`.
 
@@ -110,7 +112,12 @@ def stream(
     if not ids:
         raise ValueError("the prompt is empty: give at least one token")
     decoding = LookaheadDecoding(
-        lookahead, tokenizer=tokenizer, seeds=None if seed is None else [seed], propose=propose, compile=compile
+        lookahead,
+        tokenizer=tokenizer,
+        seeds=None if seed is None else [seed],
+        propose=propose,
+        shared=shared,
+        compile=compile,
     )
     input_ids = torch.tensor([ids], device=model.device)
     run: Run = call_generate(
