@@ -81,7 +81,7 @@ def main() -> None:
     lines = (args.data / "data" / "humaneval" / "HumanEval.jsonl").read_text().splitlines()[: args.limit]
     prompts: list[list[int]] = [tokenizer(json.loads(line)["prompt"]).input_ids for line in lines]
     alone = [[prompt] for prompt in prompts]
-    sixteen = [prompts[i : i + 16] for i in range(0, len(prompts) - 15, 8)]
+    sixteen = [prompts[i : i + 16] for i in range(0, len(prompts) - 15, 2)]
     greedy, warm = {"do_sample": False}, {"do_sample": True, "temperature": 1.0, "top_k": 0}
     hot = {**warm, "temperature": 1.5}
     cases: dict[str, tuple[PreTrainedModel, list[list[list[int]]], dict[str, Any]]] = {

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lookahead_decoding import Choice, Lookahead, LookaheadConfig
-from lookahead_decoding.budget import Budget, StepTimes, WindowInvestment, best_rows, window_rows, window_shapes
+from lookahead_decoding.budget import Budget, Pace, StepTimes, WindowInvestment, best_rows, window_rows, window_shapes
 from lookahead_decoding.grow import GrowingTree
 from test_grow import Scripted, growing
 
@@ -16,7 +16,7 @@ def test_times_lie_on_lines_between_those_that_are_known() -> None:
     times = StepTimes([(8, 3.0), (1, 2.0), (16, 7.0)])
     assert times.fixed
     assert [times(n) for n in (1, 8, 12, 16)] == [2.0, 3.0, 5.0, 7.0]
-    assert times(31) == 7.0 + (7.0 - 2.0)  # past the last, the mean price of a row from the first to the last
+    assert times(31) == 7.0 + 15 * 0.5  # past the last, the price of a row from a quarter of it on
     assert [StepTimes([(1, 1.0)])(n) for n in (1, 64)] == [1.0, 1.0]
 
 
@@ -100,7 +100,7 @@ def run(budget: Budget, core: Lookahead, steps: int, token: int = 1, seconds: fl
         assert tree is not None
         rows.append(len(tree))
         core.observe(Choice((token,), (0,), tuple(token for _ in tree.last_row)))
-        budget.spent(seconds * (step + 1), step + 1)
+        budget.spent(seconds * (step + 1))
     return rows
 
 
@@ -182,3 +182,62 @@ def test_a_window_stays_while_it_brings_more_than_its_rows_cost(gain: int, kept:
         tried |= window.shape != (0, 0)
     assert tried
     assert (window.shape != (0, 0)) == kept
+
+
+def test_what_one_request_learned_about_the_pace_the_next_one_knows() -> None:
+    config = LookaheadConfig(sources=("prompt",))
+    times = StepTimes()
+    ranks = []
+    for _ in range(8):
+        budget, core, seconds = Budget(times, config), Lookahead([1, 2, 3, 1, 2, 4, 1, 1], config), 0.0
+        for _ in range(20):
+            (tree,) = budget.plan([core])
+            ranks.append(core._growing is not None)  # asked
+            core.observe(Choice((9,), (0,)))
+            seconds += 1.1 if ranks[-1] or len(tree) > 1 else 1.0
+            budget.spent(seconds)
+    assert sum(ranks[:40]) > 12
+    assert sum(ranks[-80:]) < 12
+    fixed = StepTimes([(1, 1.0)])
+    assert fixed.pace(("prompt",)) is not fixed.pace(("prompt",))
+
+
+def test_a_rest_is_longer_each_time_until_guessing_is_faster_again() -> None:
+    pace = Pace()
+    rests = []
+    for _ in range(7):
+        while True:
+            pace.judge(1, 1.3, 1)
+            if pace.rests():
+                break
+        rest = 1
+        while pace.rests():
+            rest += 1
+        rests.append(rest)
+    assert rests == [4, 8, 16, 32, 64, 64, 64]
+    pace.judge(3, 1.3, 1)
+    for _ in range(8):
+        pace.judge(1, 1.9, 1)
+        if pace.rests():
+            break
+    assert [pace.rests() for _ in range(4)] == [True, True, True, False]
+
+
+def test_a_batch_is_judged_by_the_sequence_that_is_furthest_from_its_end() -> None:
+    """One of two accepts a draft in every step; the other one never does, and the batch ends with it."""
+    config = LookaheadConfig(sources=("prompt",), max_rows=4, step_times=((1, 1.0), (8, 1.3)))
+    for lagging, share in ((8, 0.9), (None, 0.0)):
+        budget = Budget(StepTimes(config.step_times or ()), config)
+        cores = [Lookahead([7, 1] * 9, config, limit=1000), Lookahead([7, 1] * 9, config, limit=1000)]
+        plain = 0
+        for step in range(200):
+            trees = budget.plan(cores)
+            plain += max(len(tree) for tree in trees if tree) == 1
+            for core, tree, wrong in zip(cores, trees, (None, lagging), strict=True):
+                after = 7 if core.text[-1] == 1 else 1
+                token = after if wrong is None else wrong
+                second = 1 if after == 7 else 7
+                deep = wrong is None and len(tree) > 1 and tree.tokens[1] == after
+                core.observe(Choice((token, second), (0, 1)) if deep else Choice((token,), (0,)))
+            budget.spent(float(step))
+        assert (plain / 200 > share) if share else plain < 5

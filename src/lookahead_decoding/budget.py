@@ -46,6 +46,10 @@ class StepTimes:
 
     Args:
         known: rows and times that were measured before, and hold; without them they come from the steps as they run.
+
+    Attributes:
+        fixed: whether they were given.
+        steps: that were timed so far.
     """
 
     def __init__(self, known: Iterable[tuple[int, float]] = ()) -> None:
@@ -53,27 +57,35 @@ class StepTimes:
         self.fixed = bool(self._points)
         self._seen: dict[int, deque[tuple[int, float]]] = {}
         self._plain: deque[tuple[int, float]] = deque(maxlen=KEPT)
-        self._steps = 0
+        self.steps = 0
         self._latest: dict[int, int] = {}
         self._table: dict[int, float] = {}
+        self._paces: dict[object, Pace] = {}
+
+    def pace(self, sources: object) -> Pace:
+        """How some sources did in these steps: across requests, but for times that are fixed, where each begins anew.
+
+        A request then feeds the same trees however often it is made.
+        """
+        return Pace() if self.fixed else self._paces.setdefault(sources, Pace())
 
     def add(self, rows: int, time: float) -> None:
         """A step of so many rows took so long. The first of each size does not count: it may have been made ready."""
         if self.fixed:
             return
-        self._steps += 1
+        self.steps += 1
         size = next((s for s in SIZES if s >= rows), rows)
-        self._latest[size] = self._steps
+        self._latest[size] = self.steps
         if size not in self._seen:
             self._seen[size] = deque(maxlen=KEPT)
             return
         self._seen[size].append((rows, time))
-        if self._steps <= EVERY_STEP or self._steps % SOMETIMES == 0:
+        if self.steps <= EVERY_STEP or self.steps % SOMETIMES == 0:
             self._conclude()
 
     def _conclude(self) -> None:
         """Make points of what was seen. A size that was not fed for long is forgotten, and then tried again."""
-        for size in [s for s, step in self._latest.items() if s > 1 and self._steps - step > FORGOTTEN]:
+        for size in [s for s, step in self._latest.items() if s > 1 and self.steps - step > FORGOTTEN]:
             del self._latest[size], self._seen[size]
         points = sorted((median(rows for rows, _ in seen), _usual(seen)) for seen in self._seen.values() if seen)
         for i in reversed(range(len(points) - 1)):  # fewer rows never take more time, whatever disturbed them
@@ -98,7 +110,7 @@ class StepTimes:
         return len(self._plain)
 
     def __call__(self, rows: int) -> float:
-        """The time of a step of so many rows: on a line between two that are known, or on the last such line."""
+        """The time of a step of so many rows: on a line between two that are known, or past the last one."""
         known = self._table.get(rows)
         if known is None:
             known = self._table[rows] = self._between(rows)
@@ -113,9 +125,62 @@ class StepTimes:
             return base * (1 + SLOPE * (rows - 1)) if not self.fixed else points[0][1]
         after = next((i for i, (at, _) in enumerate(points) if at >= rows), len(points) - 1) or 1
         (x0, y0), (x1, y1) = points[after - 1], points[after]
-        if rows > x1:  # past what is known a row costs what it costs on the whole way there
-            x0, y0 = points[0]
+        if rows > x1:
+            return y1 + self._last_price * (rows - x1)
         return max(y0 + (y1 - y0) * (rows - x0) / (x1 - x0), 1e-9)
+
+    @property
+    def _last_price(self) -> float:
+        """Of a row past the most that are known: what it costs from a quarter of that on.
+
+        The step from one row to two may cost more than all later ones, since a tree needs a mask.
+        """
+        (x1, y1) = self._points[-1]
+        x0, y0 = next((x, y) for x, y in self._points if x >= min(x1 / 4, self._points[-2][0]))
+        return max(0.0, (y1 - y0) / (x1 - x0))
+
+
+class Pace:
+    """Whether guessing is faster than plain steps, by the clock, and when to rest from it.
+
+    What a step gives and takes is compared with plain steps, all that is done for it included. Where it is no faster,
+    the sources rest for 4, 8, ... 64 steps, and are then watched for a few.
+    """
+
+    _watched = 8  # steps of a sequence before the first judgement, and half of that after a rest
+    _memory = 0.95  # of what was given and taken, per step
+    _shortest_rest = 4
+    _longest_rest = 64
+
+    def __init__(self) -> None:
+        self._given = 0.0  # tokens, fading
+        self._taken = 0.0  # plain steps in the same time, fading
+        self._rest = 0
+        self._next_rest = self._shortest_rest
+        self._patience = float(self._watched)
+
+    def rests(self) -> bool:
+        """Whether the next step is a plain one; asked once per step."""
+        self._rest -= 1
+        return self._rest >= 0
+
+    def judge(self, given: float, taken: float, sequences: int) -> None:
+        """Take note of a step that was not plain.
+
+        Args:
+            given: tokens by which the sequence that is furthest from its end came nearer to it.
+            taken: its time, in plain steps.
+            sequences: that it served, each of which is a witness.
+        """
+        self._given = self._memory * self._given + given
+        self._taken = self._memory * self._taken + taken
+        self._patience -= sequences
+        if self._given >= self._taken:
+            self._next_rest = self._shortest_rest
+        elif self._patience <= 0:
+            self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, self._longest_rest)
+            self._given = self._taken = 0.0
+            self._patience = self._watched / 2
 
 
 SHAPES = ((0, 0), (3, 3), (5, 4), (10, 5))
@@ -152,11 +217,7 @@ class Budget:
 
     _timed_first = 3  # plain steps that are timed before anything else, since all is compared with them
     _timed_again = 128  # steps after which a plain one is timed again
-    _watched = 8  # steps of a sequence before the pace is first judged, and half of that after a rest
     _margin = 1.02  # what a step that asked in vain costs, where times are given
-    _memory = 0.95  # of the pace, per step
-    _shortest_rest = 4
-    _longest_rest = 64
     _hopeless = 0.25  # of the price of a row: drafts with a smaller chance are not looked at
 
     def __init__(self, times: StepTimes, config: LookaheadConfig, own_source: bool = False) -> None:
@@ -164,27 +225,20 @@ class Budget:
         self._most = max_rows(config, own_source)
         self._idle = not config.sources and not own_source
         self._window = WindowInvestment(window_shapes(config, self._most))
-        self._steps = 0
-        self._rest = 0
-        self._next_rest = self._shortest_rest
-        self._patience = 0
-        self._pace = (0.0, 0.0)  # tokens of a sequence, and plain steps in the same time, both fading
+        self._pace = times.pace((config.sources, own_source))
         self._rows = 0
-        self._running = 0
+        self._running: list[Lookahead] = []
+        self._left = 0
         self._floor = 0.0
-        self._before = (0.0, 0)
+        self._before = 0.0
         self._worth = WORTH if "recycled" in config.sources else 0.0
         self._ranks = RANKS if "recycled" in config.sources else 0
         self.ranks = self._ranks
 
     def plan(self, lookaheads: Sequence[Lookahead | None]) -> list[TokenTree | None]:
         """One tree per sequence; None stays None."""
-        if self._steps == 0:
-            self._patience = max(2, self._watched // len(lookaheads))
-        self._steps += 1
-        if self._idle or self._is_timing() or self._rest:
-            self._rest = max(0, self._rest - 1)
-            self._rows, self._running, self.ranks = 1, 0, 0
+        if self._idle or self._is_timing() or self._pace.rests():
+            self._rows, self._running, self.ranks = 1, [], 0
             return [lookahead.plain() if lookahead else None for lookahead in lookaheads]
         self.ranks = self._ranks
         running = [lookahead for lookahead in lookaheads if lookahead]
@@ -193,51 +247,40 @@ class Budget:
         self._rows, rate = best_rows(growing, self._times, self._most, self._worth)
         self._floor = self._least_chance(rate / len(running))
         self._window.reconsider(running, growing, self._times, self._most)
-        self._running = len(running)
+        self._running, self._left = running, most_left(running)
         trees = iter(growing)
         return [next(trees).tree(self._rows) if lookahead else None for lookahead in lookaheads]
 
-    def spent(self, seconds: float, tokens: int) -> None:
-        """Take note of what all steps so far have taken and given; what was added is the planned one's."""
-        time, given = seconds - self._before[0], tokens - self._before[1]
-        self._before = seconds, tokens
+    def spent(self, seconds: float) -> None:
+        """Take note of the time that all steps so far have taken; what was added is the planned one's."""
+        time, self._before = seconds - self._before, seconds
         if not self._rows:  # prefill
             return
         if self._running:
             self._times.add(self._rows, time)
-            self._judge(time, given / self._running)
+            if self._times.fixed:  # which leaves out what it takes to ask in vain
+                time = self._times(self._rows) if self._rows > 1 else self._times(1) * self._margin
+            given = self._left - most_left(self._running)
+            self._pace.judge(given, time / self._times.plain, len(self._running))
         else:
             self._times.add_plain(time)
-
-    def _judge(self, time: float, given: float) -> None:
-        """Let the sources rest if steps are no faster than plain ones, all that is done for them included.
-
-        Args:
-            time: of the last step.
-            given: tokens of a sequence.
-        """
-        if self._times.fixed:  # which leaves out what it takes to ask in vain
-            time = self._times(self._rows) if self._rows > 1 else self._times(1) * self._margin
-        steps = time / self._times.plain
-        self._pace = self._memory * self._pace[0] + given, self._memory * self._pace[1] + steps
-        self._patience -= 1
-        if self._pace[0] >= self._pace[1]:
-            self._next_rest = self._shortest_rest
-        elif self._patience <= 0:
-            self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, self._longest_rest)
-            self._pace, self._patience = (0.0, 0.0), max(1, self._watched // (2 * self._running))
 
     def _is_timing(self) -> bool:
         """Whether this step is plain for the clock's sake: first of all, and rarely later."""
         if self._times.fixed:
             return False
-        return self._times.plain_samples < self._timed_first or self._steps % self._timed_again == 0
+        return self._times.plain_samples < self._timed_first or self._times.steps % self._timed_again == 0
 
     def _least_chance(self, rate: float) -> float:
         """A part of what a node's chance must be to pay, at the mean price of a row and the rate of the last step."""
         if self._most == 1:
             return 0.0
         return self._hopeless * rate * (self._times(self._most) - self._times(1)) / (self._most - 1)
+
+
+def most_left(lookaheads: Iterable[Lookahead]) -> int:
+    """Tokens to the end of the sequence that is furthest from it: a batch is done when that one is."""
+    return max(lookahead.left for lookahead in lookaheads)
 
 
 def best_rows(growing: Sequence[GrowingTree], times: StepTimes, most: int, worth: float = 0.0) -> tuple[int, float]:

@@ -95,7 +95,7 @@ def decode(
             stats.count(trees, choices)
         with _timed(stats, "commit"):
             target.commit([choice.path if choice else () for choice in choices])
-        budget.spent(stats.step_seconds, stats.tokens)
+        budget.spent(stats.step_seconds)
         yield choices
         if all(s.finish_reason for s in samplers):
             return

@@ -136,6 +136,11 @@ class Lookahead:
         if self._pooled and "prompt" in config.sources:
             self._learn(0)
 
+    @property
+    def left(self) -> int:
+        """Tokens to the limit."""
+        return self._limit - len(self.text)
+
     def resize(self, window_size: int, ngram_size: int) -> None:
         """Give the window another size and a fresh first row, unless it has that size; 0 takes it away."""
         if self._shape == (window_size, ngram_size):
