@@ -241,3 +241,17 @@ def test_a_batch_is_judged_by_the_sequence_that_is_furthest_from_its_end() -> No
                 core.observe(Choice((token, second), (0, 1)) if deep else Choice((token,), (0,)))
             budget.spent(float(step))
         assert (plain / 200 > share) if share else plain < 5
+
+
+def test_a_step_that_was_disturbed_does_not_make_the_sources_rest() -> None:
+    config = LookaheadConfig(sources=("prompt",), max_rows=4)
+    budget, core, seconds, asked = Budget(StepTimes(), config), Lookahead([7, 1] * 9, config), 0.0, 0
+    for step in range(120):
+        (tree,) = budget.plan([core])
+        after = 7 if core.text[-1] == 1 else 1
+        accepted = len(tree) > 1 and tree.tokens[1] == after
+        core.observe(Choice((after, 8 - after), (0, 1)) if accepted else Choice((after,), (0,)))
+        seconds += 60.0 if step % 10 == 9 else 1.0 + 0.1 * (len(tree) - 1)
+        budget.spent(seconds)
+        asked += len(tree) > 1
+    assert asked > 100

@@ -217,6 +217,7 @@ class Budget:
 
     _timed_first = 3  # plain steps that are timed before anything else, since all is compared with them
     _timed_again = 128  # steps after which a plain one is timed again
+    _disturbed = 1.1  # times the usual time: what is above does not count against guessing
     _margin = 1.02  # what a step that asked in vain costs, where times are given
     _hopeless = 0.25  # of the price of a row: drafts with a smaller chance are not looked at
 
@@ -260,6 +261,7 @@ class Budget:
             self._times.add(self._rows, time)
             if self._times.fixed:  # which leaves out what it takes to ask in vain
                 time = self._times(self._rows) if self._rows > 1 else self._times(1) * self._margin
+            time = min(time, self._disturbed * self._times(self._rows))  # as the time of plain steps leaves it out
             given = self._left - most_left(self._running)
             self._pace.judge(given, time / self._times.plain, len(self._running))
         else:
