@@ -5,6 +5,7 @@ import pickle
 import random
 import threading
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -165,7 +166,7 @@ def test_bounds_names_and_tokens_are_checked() -> None:
     with pytest.raises(ValueError, match="max_bytes must be at least 65,536, got 10"):
         ld.SharedPool(max_bytes=10)
     with pytest.raises(TypeError, match="max_age must be an integer"):
-        ld.SharedPool(max_age=2.5)  # type: ignore[arg-type]
+        ld.SharedPool(max_age=2.5)
     with pytest.raises(ValueError, match="needs a name"):
         ld.SharedPool().namespace("")
     with pytest.raises(ValueError, match="from 0 to 9"):
@@ -314,7 +315,9 @@ class TestDecoding:
         assert ours.tolist() == plain.tolist()
         return ours[0].tolist()
 
-    def test_a_question_that_is_asked_again_is_answered_in_few_steps(self, tiny) -> None:  # type: ignore[no-untyped-def]
+    def test_a_question_that_is_asked_again_is_answered_in_few_steps(
+        self, tiny: Callable[..., torch.nn.Module]
+    ) -> None:
         model, pool = tiny(), ld.SharedPool()
         config = ld.LookaheadConfig(sources=("shared",), step_times=FREE)
         steps, shares = [], []
@@ -331,7 +334,7 @@ class TestDecoding:
         self.run(model, other, self.ids())
         assert other.stats.steps == 39
 
-    def test_sequences_of_a_batch_and_streams_leave_their_texts(self, tiny) -> None:  # type: ignore[no-untyped-def]
+    def test_every_sequence_of_a_batch_leaves_its_text(self, tiny: Callable[..., torch.nn.Module]) -> None:
         model, namespace = tiny(), ld.SharedPool().namespace("one")
         ids = torch.cat([self.ids(1), self.ids(2)])
         decoding = ld.LookaheadDecoding(shared=namespace)
@@ -342,7 +345,7 @@ class TestDecoding:
         for row in out.tolist():
             assert any(text == row[: len(text)] for text in texts)
 
-    def test_a_cancelled_answer_is_not_learned(self, pocket) -> None:  # type: ignore[no-untyped-def]
+    def test_a_cancelled_answer_is_not_learned(self, pocket: tuple[torch.nn.Module, object]) -> None:
         model, tokenizer = pocket
         namespace = ld.SharedPool().namespace("one")
         steps = ld.stream(model, tokenizer, "def f(", max_new_tokens=20, do_sample=False, shared=namespace)
@@ -354,7 +357,9 @@ class TestDecoding:
         assert last.finish_reason
         assert namespace.tokens > 20
 
-    def test_the_last_step_of_a_stream_need_not_be_followed_by_another_question(self, pocket) -> None:  # type: ignore[no-untyped-def]
+    def test_the_last_step_of_a_stream_need_not_be_followed_by_another_question(
+        self, pocket: tuple[torch.nn.Module, object]
+    ) -> None:
         model, tokenizer = pocket
         namespace = ld.SharedPool().namespace("one")
         for step in ld.stream(model, tokenizer, "def f(", max_new_tokens=20, do_sample=False, shared=namespace):
@@ -362,7 +367,7 @@ class TestDecoding:
                 break
         assert namespace.tokens > 20
 
-    def test_what_cannot_be_honoured_is_refused(self, tiny) -> None:  # type: ignore[no-untyped-def]
+    def test_what_cannot_be_honoured_is_refused(self, tiny: Callable[..., torch.nn.Module]) -> None:
         namespace = ld.SharedPool().namespace("one")
         with pytest.raises(ValueError, match="'shared' alone needs a shared pool"):
             ld.LookaheadDecoding(ld.LookaheadConfig(sources=("shared",)))
@@ -372,13 +377,13 @@ class TestDecoding:
         with pytest.raises(ValueError, match="has no source 'shared'"):
             ld.LookaheadConfig.paper(sources=("window", "shared"))
         with pytest.raises(TypeError, match="must be a namespace"):
-            ld.LookaheadDecoding(shared=ld.SharedPool())  # type: ignore[arg-type]
+            ld.LookaheadDecoding(shared=ld.SharedPool())
         namespace.bind(10)
         with pytest.raises(ValueError, match="a namespace per tokenizer"):
             self.run(tiny(), ld.LookaheadDecoding(shared=namespace), self.ids())
 
 
-def test_the_command_line_keeps_a_pool_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_keeps_a_pool_in_a_file(tmp_path: Path) -> None:
     from click.testing import CliRunner
 
     from lookahead_decoding.cli import cli

@@ -60,7 +60,7 @@ def compare(
     margin = _margin(model, input_ids, seed, position, kwargs)
     if _dtype(model) in (torch.float32, torch.float64):
         wide = copy.deepcopy(model).double()
-        again = LookaheadDecoding(decoding.config, propose=decoding.propose)
+        again = LookaheadDecoding(decoding.config, propose=decoding.propose, shared=decoding.shared)
         first, second = _both(wide, input_ids, again, seed, kwargs)
         return Divergence(position, margin, NEAR_TIE, margin < NEAR_TIE and first == second)
     bound = 2 * _teacher_forced_difference(model, input_ids, seed, kwargs)
