@@ -6,10 +6,10 @@
     python benchmarks/ablation.py --plot FILE.png FILE.json ...
 
 Time plays no part: t(n) is flat, so a tree takes the likeliest nodes up to the cap. Settings are all sources, all
-with a shared pool that knows the answers to the prompts before, all but the window, suffix and recycled alone, and the
-paper's (W, N, G). Every output is compared with plain decoding. Small models loop, and loops flatter every speculative
-method, so prompts whose plain answer has at most half of its 8-grams distinct are left out (except for stories, which
-are few).
+with a shared pool that knows the answers to the prompts before, all with a window that is kept whatever it brings, all
+but the window, suffix and recycled alone, and the paper's (W, N, G). Every output is compared with plain decoding.
+Small models loop, and loops flatter every speculative method, so prompts whose plain answer has at most half of its
+8-grams distinct are left out (except for stories, which are few).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -33,6 +34,7 @@ from lookahead_decoding.bench.result import LOOP, SHORT, distinct_share
 from lookahead_decoding.profile import device_name
 
 FREE = ((1, 1.0),)
+KEPT_WINDOW = 4, 3  # W and N of a small one: 8 rows
 SOURCES: dict[str, tuple[str, ...]] = {
     "all": ("window", "prompt", "output", "recycled"),
     "all, and answers to earlier prompts": ld.LookaheadConfig().sources,  # in a shared pool
@@ -66,6 +68,9 @@ def settings(rows: list[int], seed: int, which: str) -> Iterator[tuple[str, ld.L
             for most in rows:
                 config = ld.LookaheadConfig(sources=sources, max_rows=most, step_times=FREE, window_seed=seed)
                 yield f"{name} @{most}", config
+                if name == "all" and most > 2 * math.prod(KEPT_WINDOW):
+                    kept = replace(config, window_size=KEPT_WINDOW[0], ngram_size=KEPT_WINDOW[1])
+                    yield f"with a window kept @{most}", kept
     if which in ("both", "paper"):
         for name, (w, n, g, sources) in PAPER.items():
             yield f"paper {name}", ld.LookaheadConfig.paper(w, n, g, sources, window_seed=seed)

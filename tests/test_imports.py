@@ -9,7 +9,7 @@ import lookahead_decoding
 
 LAYERS = [
     {"config", "tree", "window", "pool", "suffix", "shared", "sources", "grow", "lookahead", "budget", "stats"},
-    {"attention", "kernels", "graphs", "cache", "choose", "files", "profile", "shared_file"},
+    {"attention", "kernels", "graphs", "packed", "cache", "choose", "files", "profile", "shared_file"},
     {"target"},
     {"decode", "hf", "text", "exactness"},
     {"cli", "cli_common"},

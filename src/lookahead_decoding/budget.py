@@ -143,8 +143,9 @@ class StepTimes:
 class Pace:
     """Whether guessing is faster than plain steps, by the clock, and when to rest from it.
 
-    What a step gives and takes is compared with plain steps, all that is done for it included. Where it is no faster,
-    the sources rest for 4, 8, ... 64 steps, and are then watched for a few.
+    What a step gives and takes is compared with plain steps, all that is done for it included. Where it is slower, by
+    more than the varying luck of its steps explains, the sources rest for 4, 8, ... 64 steps, and are then watched for
+    a few.
     """
 
     _watched = 8  # steps of a sequence before the first judgement, and half of that after a rest
@@ -154,6 +155,8 @@ class Pace:
 
     def __init__(self) -> None:
         self._given = 0.0  # tokens, fading
+        self._squares = 0.0  # of the tokens of a step, fading
+        self._steps = 0.0
         self._taken = 0.0  # plain steps in the same time, fading
         self._rest = 0
         self._next_rest = self._shortest_rest
@@ -173,13 +176,16 @@ class Pace:
             sequences: that it served, each of which is a witness.
         """
         self._given = self._memory * self._given + given
+        self._squares = self._memory * self._squares + given**2
+        self._steps = self._memory * self._steps + 1
         self._taken = self._memory * self._taken + taken
         self._patience -= sequences
+        chance = max(0.0, self._squares - self._given**2 / self._steps) ** 0.5  # the deviation of what was given
         if self._given >= self._taken:
             self._next_rest = self._shortest_rest
-        elif self._patience <= 0:
+        elif self._patience <= 0 and self._given + chance < self._taken:
             self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, self._longest_rest)
-            self._given = self._taken = 0.0
+            self._given = self._taken = self._squares = self._steps = 0.0
             self._patience = self._watched / 2
 
 

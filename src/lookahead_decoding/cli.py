@@ -163,7 +163,7 @@ def _lookahead_options(command: Callable[..., None]) -> Callable[..., None]:
             type=click.Choice(COMPILE),
             default="auto",
             show_default=True,
-            help="How a step runs; full compiles it, which takes minutes on a CPU.",
+            help="How a step runs; packed holds the weights twice, full compiles it, which takes minutes on a CPU.",
         ),
     ):
         wrapped = option(wrapped)

@@ -10,7 +10,7 @@ import re
 import warnings
 import weakref
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -27,6 +27,7 @@ from .cache import TreeCache
 from .choose import StepLogits
 from .config import LookaheadConfig
 from .graphs import PACKED, Compiled, StepGraphs, padded, vary
+from .packed import PackedLinears, copied_bytes, version_of, why_not
 from .tree import TokenTree, build_tree
 
 SINGLE = TokenTree((0,), (-1,))
@@ -38,7 +39,7 @@ OURS = "lookahead_tree"
 STRANGE_WINDOW = re.compile(r"^(?!(use)?_?sliding_window|max_window_layers|chunk_size_feed_forward).*(window|chunk)")
 """Settings that say a layer does not see every position, other than those we read (docs/decisions/0001)."""
 
-COMPILE = ("auto", "off", "graphs", "full")
+COMPILE = ("auto", "off", "packed", "graphs", "full")
 """How a step may run (see `Target`)."""
 PREFILL_CHUNK = 2048
 """Tokens of a prompt in one forward."""
@@ -49,6 +50,9 @@ ROUND = 256
 
 Masks = dict[str, torch.Tensor]
 """A mask per kind of layer; none at all is causal attention."""
+
+PACKED_UNASKED = 2**31
+"""Bytes of weights that are held a second time without being asked for."""
 
 KEPT = 4
 """Captured caches that wait for a request, of one model: each holds its keys and values and its graphs."""
@@ -61,6 +65,7 @@ class _Known:
         self.probed: dict[object, tuple[str, str]] = {}
         self.free: list[_Room] = []
         self.compiled: tuple[object, Compiled] | None = None
+        self.packed: tuple[object, PackedLinears] | None = None
         self.times: dict[object, StepTimes] = {}
 
 
@@ -100,11 +105,13 @@ class Target:
         model: what `AutoModelForCausalLM.from_pretrained` gives.
         capacity: slots per sequence: the longest length one can reach, plus the rows of the largest tree.
         batch: sequences.
-        compile: how a step runs. "off": as the model is. "graphs": padded to fixed shapes and, on a GPU, captured once
-            per size. "full": compiled with torch.compile, and captured too on a GPU; a CPU takes minutes for it, and in
-            bfloat16 holds a second copy of the weights, laid out for its matrix units, which follows changes of them
-            but not those made through `.data`. "auto": "full" on a GPU, or "off" with a warning if that cannot be, and
-            "off" elsewhere.
+        compile: how a step runs. "off": as the model is. "packed": as the model is, with a second copy of the weights
+            of its linear layers that is laid out for few rows, in float32 and bfloat16 on a CPU. "graphs":
+            padded to fixed shapes and, on a GPU, captured once per size. "full": compiled with torch.compile, and
+            captured too on a GPU; a CPU takes minutes for it, and in bfloat16 holds a second copy of the weights as
+            well. "auto": "full" on a GPU, or "off" with a warning if that cannot be; elsewhere "packed" where that can
+            be and the copy takes at most 2 GiB, or "off". A copy is made anew when the weights have changed; of
+            changes made through `.data`, a sample is looked at.
 
     Raises:
         ValueError: the model cannot take a token tree, or its step cannot be compiled as asked; the message says why.
@@ -114,9 +121,7 @@ class Target:
         if compile not in COMPILE:
             raise ValueError(f"compile must be one of {', '.join(COMPILE)}, got {compile!r}")
         attention = probe(model)
-        wanted = compile
-        if compile == "auto":
-            wanted = "full" if model.device.type == "cuda" else "off"
+        wanted = _best_way(model) if compile == "auto" else compile
         reason = _not_ready(model, attention, wanted)
         if reason and compile != "auto":
             raise ValueError(f"compile={compile!r} cannot be: {reason}. Leave it out")
@@ -139,7 +144,8 @@ class Target:
         self.how = compile
         self._room: _Room | None = None
         self._compiled: Compiled | None = None
-        if compile == "off" or (compile == "full" and model.device.type != "cuda"):
+        self._weights: AbstractContextManager[None] = _packed(model) if compile == "packed" else nullcontext()
+        if compile in ("off", "packed") or (compile == "full" and model.device.type != "cuda"):
             self.cache = TreeCache(len(DynamicCache(config=self.config).layers), batch, capacity)
             if compile == "full":
                 self._compiled = _compiled(model)
@@ -225,9 +231,11 @@ class Target:
         if nodes == 1 and self.cache.slots.level and self._room is None and self._compiled is None:
             # Roots alone need no mask, which saves a tenth of a small model's step (docs/LOG.md).
             roots = [tree.tokens if tree is not None else () for tree in trees]
-            return StepLogits(self._causal(roots, keep), tuple(keep))
+            with self._weights:
+                return StepLogits(self._causal(roots, keep), tuple(keep))
         if self._room is None:
-            return StepLogits(self._forward(trees, nodes, keep, self._compiled), tuple(keep))
+            with self._weights:
+                return StepLogits(self._forward(trees, nodes, keep, self._compiled), tuple(keep))
         ids, positions = self._inputs(trees, padded(nodes))
         rows = [encode_rows(trees, self.lengths, padded(nodes), window) for window in self._kinds.values()]
         with self._our_attention(), torch.no_grad():
@@ -372,9 +380,7 @@ def _compiled(model: PreTrainedModel) -> Compiled:
     """The compiled step of a model; compiled anew for changed weights, which a packed copy would not follow."""
     known = _known[model]
     packed = model.device.type == "cpu" and model.dtype == torch.bfloat16
-    weights = packed and tuple(
-        (t.data_ptr(), 0 if t.is_inference() else t._version) for t in (*model.parameters(), *model.buffers())
-    )
+    weights = packed and version_of(model)
     if known.compiled is None or known.compiled[0] != weights:
         if known.compiled is not None:
             torch.compiler.reset()
@@ -382,10 +388,29 @@ def _compiled(model: PreTrainedModel) -> Compiled:
     return known.compiled[1]
 
 
+def _packed(model: PreTrainedModel) -> PackedLinears:
+    """The packed weights of a model; packed anew when they have changed."""
+    known = _known[model]
+    weights = version_of(model)
+    if known.packed is None or known.packed[0] != weights:
+        known.packed = None  # gives its memory back first
+        known.packed = weights, PackedLinears(model)
+    return known.packed[1]
+
+
+def _best_way(model: PreTrainedModel) -> str:
+    """How a step runs where nobody says so."""
+    if model.device.type == "cuda":
+        return "full"
+    return "off" if why_not(model) or copied_bytes(model) > PACKED_UNASKED else "packed"
+
+
 def _not_ready(model: PreTrainedModel, attention: str, compile: str) -> str:
     """Why a step cannot be compiled or captured; empty if it can, or need not."""
     if compile == "off":
         return ""
+    if compile == "packed":
+        return why_not(model)
     if attention != OURS:
         return "the model takes no attention but its own"
     if "logits_to_keep" not in parameters_of(model):

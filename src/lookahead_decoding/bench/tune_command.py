@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .. import profile
 from ..cli_common import DTYPES, Problem, encode, first_line, load, read_prompts, room
 from ..config import MAX_ROWS, PLAIN
+from ..packed import copied_bytes, why_not
 from ..target import COMPILE, OURS, Target, kernel_found
 from .methods import of_steps
 from .result import added
@@ -176,7 +177,9 @@ def doctor(
         "device": profile.device_name(target.device),
         "dtype": str(target.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "steps_run": {"off": "as the model is", "graphs": "captured", "full": "compiled"}[place.how],
+        "steps_run": {"off": "as the model is", "packed": "packed weights", "graphs": "captured", "full": "compiled"}[
+            place.how
+        ],
         "attention": _attention(place),
         "profile": "saved by `lookahead tune`"
         if profile.load(place.machine)
@@ -236,7 +239,10 @@ def advise(model: PreTrainedModel, target: Target, times: dict[int, float], adap
         advice.append(
             f"8 rows take {cost:.1f} times as long as one: this device has little idle arithmetic, so trees stay small"
         )
-    if model.device.type == "cpu" and target.how == "off":
+    if target.how == "off" and not why_not(model):
+        size = copied_bytes(model) / 2**30
+        advice.append(f"--compile packed makes a step faster; its second copy of the weights takes {size:.1f} GiB")
+    if model.device.type == "cpu" and target.how in ("off", "packed"):
         outside = times[1] - limits(model).milliseconds(1) / 1e3
         if outside > 0.5 * times[1]:
             advice.append(

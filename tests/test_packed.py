@@ -1,0 +1,121 @@
+"""Weights that are laid out, against the model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import lookahead_decoding as ld
+from conftest import Accepted, right_and_wrong
+from lookahead_decoding import packed
+from test_exactness import GREEDY, SAMPLED, WINDOW_ALONE, batch_of, prompt_of
+
+Tiny = Callable[..., torch.nn.Module]
+DTYPES = (torch.float32, torch.bfloat16)
+TREE = ld.build_tree(5, candidates=[(6, 7, 8), (9, 10)])
+
+
+@pytest.fixture(autouse=True)
+def _small_layers_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "LEAST_WEIGHTS", 0)
+
+
+def able(model: torch.nn.Module) -> torch.nn.Module:
+    if reason := packed.why_not(model):
+        pytest.skip(reason)
+    return model
+
+
+def logits(model: torch.nn.Module, compile: str) -> torch.Tensor:
+    target = ld.Target(model, 40, compile=compile)
+    target.prefill([[3, 4, 5]])
+    target.commit([[0]])
+    return target.forward([TREE]).logits.float()
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "phi"])  # phi's layers have biases
+@pytest.mark.parametrize("mode", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_packed_steps_are_exact(name: str, mode: dict[str, object], tiny: Tiny, accepted: Accepted) -> None:
+    model, ids = able(tiny(name, attn_implementation="eager")), prompt_of(6)
+    options = {"max_new_tokens": 60, "eos_token_id": None, **mode}
+    torch.manual_seed(1)
+    plain = model.generate(ids, **options)[0].tolist()
+    decoding = ld.LookaheadDecoding(WINDOW_ALONE, propose=right_and_wrong(plain), compile="packed")
+    torch.manual_seed(1)
+    assert ld.generate(model, ids, lookahead=decoding, **options)[0].tolist() == plain
+    assert accepted.kinds == {"full", "partial", "none"}
+
+
+def test_a_packed_batch_is_exact(tiny: Tiny) -> None:
+    model = able(tiny())
+    ids, mask = batch_of((9, 1, 5))
+    options = {"max_new_tokens": 40, "pad_token_id": 0, "attention_mask": mask, "eos_token_id": None, **GREEDY}
+    plain = model.generate(ids, **options)
+    assert torch.equal(ld.generate(model, ids, lookahead=ld.LookaheadDecoding(compile="packed"), **options), plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_layers_use_the_copies_inside_a_step_only(dtype: torch.dtype, tiny: Tiny) -> None:
+    model = able(tiny(dtype=dtype))
+    layers = packed.linears(model)
+    copies = packed.PackedLinears(model)
+    assert len(layers) == 15  # seven of each of two layers, and the head
+    assert packed.copied_bytes(model) == sum(layer.weight.nbytes for layer in layers)
+    with copies, copies:
+        assert all("forward" in vars(layer) for layer in layers)
+        assert packed.linears(model) == layers  # another thread may look at this moment
+    assert not any("forward" in vars(layer) for layer in layers)
+    layers[0].forward = layers[0].forward
+    assert packed.linears(model) == layers[1:]  # somebody else's forward is left alone
+    del layers[0].forward
+    with pytest.raises(RuntimeError, match="stop"), copies:
+        raise RuntimeError("stop")
+    assert not any("forward" in vars(layer) for layer in layers)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 2, 8, 64, 200])
+def test_products(dtype: torch.dtype, rows: int) -> None:
+    model = able(torch.nn.Sequential(torch.nn.Linear(96, 80), torch.nn.Linear(80, 48, bias=False)).to(dtype))
+    rows_of_two = torch.randn(2, rows, 96, dtype=dtype)
+    with torch.no_grad():
+        plain = model(rows_of_two)
+        with packed.PackedLinears(model):
+            product = model(rows_of_two)
+    assert product.shape == plain.shape
+    assert apart(product.float(), plain.float()) < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_copies_follow_the_model(dtype: torch.dtype, tiny: Tiny) -> None:
+    model = able(tiny(dtype=dtype, hidden_size=64))
+    before = logits(model, "packed")
+    assert apart(before, logits(model, "off")) < 8 * torch.finfo(dtype).eps
+    with torch.no_grad():
+        model.lm_head.weight.neg_()
+    assert apart(-before, logits(model, "packed")) == 0
+    model.lm_head.weight.data.neg_()  # which PyTorch does not count
+    assert apart(before, logits(model, "packed")) == 0
+
+
+def test_where_nobody_says_how_a_step_runs(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = able(tiny(dtype=torch.bfloat16))
+    assert ld.Target(model, 20).how == "packed"
+    monkeypatch.setattr("lookahead_decoding.target.PACKED_UNASKED", packed.copied_bytes(model) - 1)
+    assert ld.Target(model, 20).how == "off"
+    assert ld.Target(model, 20, compile="packed").how == "packed"
+    assert ld.Target(tiny(dtype=torch.float64), 20).how == "off"
+
+
+def test_what_cannot_be_packed_says_so(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"compile='packed' cannot be: .* in float32 and bfloat16\. Leave it out"):
+        ld.Target(tiny(dtype=torch.float64), 20, compile="packed")
+    monkeypatch.setattr(packed, "LEAST_WEIGHTS", 2**19)
+    with pytest.raises(ValueError, match="no linear layers that gain by it"):
+        ld.Target(tiny(), 20, compile="packed")
