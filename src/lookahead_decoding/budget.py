@@ -148,6 +148,7 @@ class Pace:
     a few.
     """
 
+    _luck = 0.5  # deviations of what was given by which guessing may fall behind
     _watched = 8  # steps of a sequence before the first judgement, and half of that after a rest
     _memory = 0.95  # of what was given and taken, per step
     _shortest_rest = 4
@@ -180,10 +181,10 @@ class Pace:
         self._steps = self._memory * self._steps + 1
         self._taken = self._memory * self._taken + taken
         self._patience -= sequences
-        chance = max(0.0, self._squares - self._given**2 / self._steps) ** 0.5  # the deviation of what was given
+        deviation = max(0.0, self._squares - self._given**2 / self._steps) ** 0.5
         if self._given >= self._taken:
             self._next_rest = self._shortest_rest
-        elif self._patience <= 0 and self._given + chance < self._taken:
+        elif self._patience <= 0 and self._given + self._luck * deviation < self._taken:
             self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, self._longest_rest)
             self._given = self._taken = self._squares = self._steps = 0.0
             self._patience = self._watched / 2
