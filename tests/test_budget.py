@@ -118,6 +118,8 @@ def test_max_rows_caps_every_tree() -> None:
     config = LookaheadConfig(max_rows=6, step_times=((1, 1.0),))
     core = Lookahead([1, 2, 3, 1, 2, 4, 1, 2, 5, 1, 2], config)
     assert max(run(Budget(StepTimes([(1, 1.0)]), config), core, 5)) == 6
+    core = Lookahead([1, 2, 3], config, propose=lambda text: [[token] * 9 for token in range(9)])
+    assert max(run(Budget(StepTimes([(1, 1.0)]), config, own_source=True), core, 5)) == 6
 
 
 def test_plain_steps_are_timed_first() -> None:
@@ -160,9 +162,8 @@ def test_ranks_are_wanted_by_the_recycled_source_in_steps_that_are_learned_from(
 def test_a_fixed_window_is_the_only_size_and_one_without_fits_its_half() -> None:
     assert window_shapes(LookaheadConfig(window_size=7), 64) == [(7, 4)]
     assert window_shapes(LookaheadConfig(sources=("prompt",)), 64) == [(0, 0)]
-    shapes = window_shapes(LookaheadConfig(), 64)
-    assert shapes[0] == (0, 0)
-    assert all(window_rows(s) <= 32 for s in shapes)
+    assert window_shapes(LookaheadConfig(), 64) == [(0, 0), (3, 3), (5, 4), (8, 4)]
+    assert window_shapes(LookaheadConfig(), 120)[-1] == (15, 5)
     assert [window_rows(s) for s in ((0, 0), (3, 3), (15, 5))] == [0, 5, 59]
 
 
@@ -269,3 +270,17 @@ def test_bad_luck_alone_is_no_reason_to_rest() -> None:
     assert not rests([1, 3])  # every other step pays for the one before, or nearly
     assert rests([2, 2, 2, 2])
     assert rests([1, 1, 1, 3])
+
+
+def test_sources_never_rest_where_rows_cost_nothing() -> None:
+    config = LookaheadConfig(sources=("prompt", "output"), step_times=((1, 1.0),))
+    budget = Budget(StepTimes(config.step_times or ()), config)
+    core = Lookahead([7], config, limit=1000)
+    for token in range(8, 40):  # of which none stood before
+        budget.plan([core])
+        core.observe(Choice((token,), (0,)))
+        budget.spent(float(token))
+    core.observe(Choice((7,), (0,)))
+    (tree,) = budget.plan([core])
+    assert tree is not None
+    assert tree.tokens[1:3] == (8, 9)

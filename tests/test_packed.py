@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lookahead_decoding as ld
-from conftest import Accepted, right_and_wrong
+from conftest import FREE, Accepted, right_and_wrong
 from lookahead_decoding import packed
 from test_exactness import GREEDY, SAMPLED, WINDOW_ALONE, batch_of, prompt_of
 
@@ -57,7 +57,9 @@ def test_a_packed_batch_is_exact(tiny: Tiny) -> None:
     ids, mask = batch_of((9, 1, 5))
     options = {"max_new_tokens": 40, "pad_token_id": 0, "attention_mask": mask, "eos_token_id": None, **GREEDY}
     plain = model.generate(ids, **options)
-    assert torch.equal(ld.generate(model, ids, lookahead=ld.LookaheadDecoding(compile="packed"), **options), plain)
+    decoding = ld.LookaheadDecoding(ld.LookaheadConfig(step_times=FREE), compile="packed")
+    assert torch.equal(ld.generate(model, ids, lookahead=decoding, **options), plain)
+    assert decoding.stats.rows_per_step > packed.LEAST_ROWS
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -69,14 +71,33 @@ def test_the_layers_use_the_copies_inside_a_step_only(dtype: torch.dtype, tiny: 
     assert packed.copied_bytes(model) == sum(layer.weight.nbytes for layer in layers)
     with copies, copies:
         assert all("forward" in vars(layer) for layer in layers)
-        assert packed.linears(model) == layers  # another thread may look at this moment
     assert not any("forward" in vars(layer) for layer in layers)
-    layers[0].forward = layers[0].forward
-    assert packed.linears(model) == layers[1:]  # somebody else's forward is left alone
-    del layers[0].forward
     with pytest.raises(RuntimeError, match="stop"), copies:
         raise RuntimeError("stop")
     assert not any("forward" in vars(layer) for layer in layers)
+
+
+def test_a_forward_that_somebody_has_replaced_is_used_and_stays(tiny: Tiny) -> None:
+    model = able(tiny(dtype=torch.bfloat16, hidden_size=48))
+    before = logits(model, "packed")
+    head = model.lm_head
+    own = head.forward
+    head.forward = lambda rows: -own(rows)
+    try:
+        assert apart(-before, logits(model, "packed")) < 0.05
+        assert vars(head)["forward"](torch.ones(1, 48, dtype=torch.bfloat16)).shape == (1, 64)
+    finally:
+        del head.forward
+    assert apart(before, logits(model, "packed")) == 0
+
+
+def test_plain_decoding_of_one_sequence_holds_no_copies_in_float32(tiny: Tiny) -> None:
+    model = able(tiny(hidden_size=40))
+    copies = packed.PackedLinears(model)
+    for rows, held in ((1, False), (packed.LEAST_ROWS, True)):
+        with copies, torch.no_grad():
+            model(torch.ones(1, rows, dtype=torch.long))
+        assert all((product._packed is not None) == held for _, product in copies._products)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

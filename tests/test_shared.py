@@ -90,6 +90,37 @@ def test_one_namespace_never_proposes_what_another_has_learned() -> None:
     assert followers(pool.namespace("one"), [1, 2]) == []
 
 
+def test_a_namespace_that_was_removed_forgets_and_learns_no_more() -> None:
+    pool = ld.SharedPool()
+    held = pool.namespace("one")
+    held.bind(10)
+    held.learn([1, 2, 3])
+    pool.remove("one")
+    assert followers(held, [1, 2]) == []
+    held.learn([1, 2, 3])
+    assert held.tokens == pool.nbytes == 0
+    assert pool.namespace("one") is not held
+
+
+def test_many_namespaces_without_text_take_no_room() -> None:
+    pool = ld.SharedPool(max_bytes=1 << 16)
+    for i in range(300):
+        namespace = pool.namespace(str(i))
+        namespace.bind(10)
+        namespace.learn([1, 2, 3])
+        assert namespace.tokens == 3
+    assert 0 < pool.nbytes <= 1 << 16
+
+
+def test_a_long_text_does_not_drive_out_what_there_is_room_for() -> None:
+    namespace = space(max_bytes=1 << 17, vocab_size=5000)
+    draw, kept = random.Random(0), 0
+    for i in range(30):
+        namespace.learn([draw.randrange(5000) for _ in range(80 if i % 5 == 0 else 10)])
+        kept = max(kept, namespace.nbytes)
+        assert namespace.nbytes >= kept / 3
+
+
 def test_of_the_prompt_only_its_end_is_kept() -> None:
     namespace = space(vocab_size=1000)
     prompt = list(range(100))
@@ -137,16 +168,16 @@ def test_memory_stays_below_the_cap_and_the_newest_text_stays() -> None:
 
 
 def test_the_namespace_that_learned_longest_ago_forgets_first() -> None:
-    pool = ld.SharedPool(max_bytes=1 << 16)
-    for first, name in enumerate(("a", "b", "c")):
+    pool = ld.SharedPool(max_bytes=1 << 18)
+    texts = (range(80 * i, 80 * i + 80) for i in range(10))
+    for name in ("a", "b", "c"):
         namespace = pool.namespace(name)
         namespace.bind(5000)
-        namespace.learn([1000 * first + i for i in range(40)])
-    assert [pool.namespace(name).tokens for name in ("a", "b", "c")] == [40, 40, 40]
-    for i in range(2):
-        pool.namespace("b").learn([3000 + 40 * i + j for j in range(40)])
-    assert pool.namespace("a").tokens == 0
-    assert pool.namespace("c").tokens == 40
+        for _ in range(3):
+            namespace.learn(next(texts))
+    assert [pool.namespace(name).tokens for name in ("a", "b", "c")] == [240, 240, 240]
+    pool.namespace("b").learn(next(texts))
+    assert [pool.namespace(name).tokens for name in ("a", "b", "c")] == [0, 320, 240]
 
 
 @pytest.mark.parametrize("alphabet", [2, 50, 5000])
@@ -171,7 +202,7 @@ def test_bounds_names_and_tokens_are_checked() -> None:
         ld.SharedPool().namespace("")
     with pytest.raises(ValueError, match="from 0 to 9"):
         space().learn([3, 10])
-    with pytest.raises(ValueError, match="holds text of a model with 10 tokens, and this one has 32,000"):
+    with pytest.raises(ValueError, match="is for a model with 10 tokens, and this one has 32,000"):
         space().bind(32_000)
 
 
@@ -236,6 +267,28 @@ class TestFile:
                 assert mine.requests == its.requests
         assert followers(again.namespace("one"), [4]) == followers(pool.namespace("one"), [4])
 
+    @pytest.mark.parametrize(("bounds", "length"), [({"max_age": 6}, 3), ({"max_bytes": 1 << 16}, 20)])
+    def test_a_generation_that_is_full_stays_whole(self, tmp_path: Path, bounds: dict[str, int], length: int) -> None:
+        pool = ld.SharedPool(**bounds)
+        namespace = pool.namespace("one")
+        namespace.bind(50_000)
+        sizes = []
+        for i in range(40):
+            namespace.learn(range(100 * i, 100 * i + length))
+            ld.save_pool(pool, tmp_path / "pool")
+            again = ld.load_pool(tmp_path / "pool").namespace("one")
+            assert [list(t) for t in again.older.texts] == [list(t) for t in namespace.older.texts]
+            assert [list(t) for t in again.younger.texts] == [list(t) for t in namespace.younger.texts]
+            sizes.append(len(again.older.texts))
+        assert sizes[0] == 0
+        assert max(sizes) > 1
+
+    def test_the_bounds_are_kept_with_it_unless_others_are_given(self, tmp_path: Path) -> None:
+        ld.save_pool(ld.SharedPool(1 << 20, 50), tmp_path / "pool")
+        again, other = ld.load_pool(tmp_path / "pool"), ld.load_pool(tmp_path / "pool", max_bytes=1 << 21)
+        assert (again.max_bytes, again.max_age) == (1 << 20, 50)
+        assert (other.max_bytes, other.max_age) == (1 << 21, 50)
+
     def test_what_has_no_room_when_loading_is_left_out_oldest_first(self, tmp_path: Path) -> None:
         pool = ld.SharedPool()
         namespace = pool.namespace("one")
@@ -281,8 +334,15 @@ class TestFile:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"is damaged \(its checksum is wrong\)"):
             ld.load_pool(path)
-        path.write_bytes(safetensors.numpy.save({}, {**meta, "format": "1", "crc32": "0", "namespaces": "[{}]"}))
+        path.write_bytes(safetensors.numpy.save({}, {**meta, "format": "1", "crc32": "0", "content": "[{}]"}))
         with pytest.raises(ValueError, match="is damaged"):
+            ld.load_pool(path)
+        ld.save_pool(self.pool(), path)
+        with safetensors.safe_open(path, "numpy") as file:
+            tensors, meta = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+        tensors["0.older.lengths"][:2] += (1, -1)
+        path.write_bytes(safetensors.numpy.save(tensors, meta))
+        with pytest.raises(ValueError, match=r"is damaged \(its checksum is wrong\)"):
             ld.load_pool(path)
 
     def test_a_missing_file_is_an_error_of_the_system(self, tmp_path: Path) -> None:

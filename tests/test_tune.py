@@ -3,12 +3,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from lookahead_decoding import Stats, cli, profile
 from lookahead_decoding.bench import tune_command
-from lookahead_decoding.bench.tune import Tuning, sizes_up_to
+from lookahead_decoding.bench.tune import Trial, Tuning
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
@@ -30,15 +32,12 @@ def test_an_expected_speedup_is_tokens_per_step_over_the_price_of_a_step() -> No
 
 
 def test_times_hold_what_is_done_outside_the_forward() -> None:
-    tuning = Tuning([(1, 1.0), (64, 1.0)], [counts(10, 10, 10, outside=0.5)])
+    tuning = Tuning([(1, 1.0), (8, 1.0)], [counts(10, 10, 10, outside=0.5)])
     tuning.judge("wide", [counts(10, 10, 80, outside=0.5 + 8 * 0.01)])
     times = dict(tuning.times())
+    assert list(times) == [1, 8]  # what was timed, and nothing beyond
     assert times[1] == 1.5
     assert times[8] == pytest.approx(1.5 + 8 * 0.01)
-
-
-def test_sizes_stay_below_the_most_rows() -> None:
-    assert sizes_up_to(16) == [1, 2, 4, 8, 12, 16]
 
 
 def test_tune_compares_settings_and_saves_the_profile(
@@ -58,7 +57,7 @@ def test_tune_compares_settings_and_saves_the_profile(
     run(monkeypatch, "doctor", "pocket", "--dtype", "float32", "--json")
     facts = json.loads(capsys.readouterr().out)
     assert facts["profile"] == "saved by `lookahead tune`"
-    assert facts["tokens_per_step"] >= 1.0
+    assert facts["mean_acceptance_length"] >= 1.0
     assert facts["dtype"] == "float32"
 
 
@@ -66,4 +65,17 @@ def test_doctor_says_whether_it_pays(monkeypatch: pytest.MonkeyPatch, capsys: py
     run(monkeypatch, "doctor", "pocket", "--dtype", "float32")
     printed = capsys.readouterr().out
     assert "attention" in printed
-    assert "pays here" in printed
+    assert tune_command.verdict(0.99)[:9] == "It hardly"
+    assert tune_command.verdict(1.5) in ("It pays here: about 1.50 times plain decoding on the sample.",)
+    assert any(line in printed for line in ("It pays here: about ", "It hardly pays here; decoding notices"))
+
+
+def test_advice_depends_on_what_was_found() -> None:
+    model = torch.nn.Linear(2, 2).to(torch.bfloat16)
+    model.dtype, model.device = torch.bfloat16, torch.device("cpu")
+    place = SimpleNamespace(model=model, how="full", attention=tune_command.OURS)
+    dear, cheap = {1: 1e-3, 8: 2e-3}, {1: 1e-9, 8: 1e-9}
+    for times, tokens, wanted in ((cheap, 30, []), (dear, 30, ["8 rows take 2.0"]), (cheap, 10, ["few drafts"])):
+        trial = Trial("adaptive", (counts(tokens, 10, 80),), 1.0)
+        advice = tune_command.advise(model, place, times, trial)
+        assert [line[: len(start)] for line, start in zip(advice, wanted, strict=True)] == wanted

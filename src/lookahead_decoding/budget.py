@@ -62,12 +62,12 @@ class StepTimes:
         self._table: dict[int, float] = {}
         self._paces: dict[object, Pace] = {}
 
-    def pace(self, sources: object) -> Pace:
-        """How some sources did in these steps: across requests, but for times that are fixed, where each begins anew.
+    def pace(self, settings: object) -> Pace:
+        """How guessing with some settings did in these steps, across requests.
 
-        A request then feeds the same trees however often it is made.
+        Where times are fixed each request begins anew, so that it feeds the same trees however often it is made.
         """
-        return Pace() if self.fixed else self._paces.setdefault(sources, Pace())
+        return Pace() if self.fixed else self._paces.setdefault(settings, Pace())
 
     def add(self, rows: int, time: float) -> None:
         """A step of so many rows took so long. The first of each size does not count: it may have been made ready."""
@@ -190,7 +190,7 @@ class Pace:
             self._patience = self._watched / 2
 
 
-SHAPES = ((0, 0), (3, 3), (5, 4), (10, 5))
+SHAPES = ((0, 0), (3, 3), (5, 4), (8, 4), (15, 5))
 """Window and n-gram sizes that an adaptive window moves between; the first is no window."""
 
 
@@ -225,7 +225,7 @@ class Budget:
     _timed_first = 3  # plain steps that are timed before anything else, since all is compared with them
     _timed_again = 128  # steps after which a plain one is timed again
     _disturbed = 1.1  # times the usual time: what is above does not count against guessing
-    _margin = 1.02  # what a step that asked in vain costs, where times are given
+    _margin = 1.02  # what a step that asked in vain costs, where times are given and rows cost anything
     _hopeless = 0.25  # of the price of a row: drafts with a smaller chance are not looked at
 
     def __init__(self, times: StepTimes, config: LookaheadConfig, own_source: bool = False) -> None:
@@ -233,7 +233,8 @@ class Budget:
         self._most = max_rows(config, own_source)
         self._idle = not config.sources and not own_source
         self._window = WindowInvestment(window_shapes(config, self._most))
-        self._pace = times.pace((config.sources, own_source))
+        self._pace = times.pace((config, own_source))
+        self._in_vain = self._margin if times(self._most) > times(1) else 1.0
         self._rows = 0
         self._running: list[Lookahead] = []
         self._left = 0
@@ -267,7 +268,7 @@ class Budget:
         if self._running:
             self._times.add(self._rows, time)
             if self._times.fixed:  # which leaves out what it takes to ask in vain
-                time = self._times(self._rows) if self._rows > 1 else self._times(1) * self._margin
+                time = self._times(self._rows) * (self._in_vain if self._rows == 1 else 1.0)
             time = min(time, self._disturbed * self._times(self._rows))  # as the time of plain steps leaves it out
             given = self._left - most_left(self._running)
             self._pace.judge(given, time / self._times.plain, len(self._running))

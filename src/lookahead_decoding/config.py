@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from operator import index
+from typing import Any, NoReturn
 
 SOURCES = ("window", "prompt", "output", "recycled", "shared")
 
@@ -111,18 +112,22 @@ class LookaheadConfig:
                     raise ValueError(
                         f"adaptive=False is the paper's algorithm, which has no source {name!r}: leave it out"
                     )
+        elif "window" not in self.sources:
+            for name in ("window_size", "ngram_size", "verification_set_size"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} is the window's, which sources leave out: add 'window' or leave it out")
         if self.window_size is not None and "window" in self.sources:
             rows = ((self.ngram_size or NGRAM_SIZE) - 1) * self.window_size
             if rows > self.most_rows:
                 raise ValueError(f"the window has {rows} rows and max_rows is {self.most_rows}: make one fit the other")
 
 
-def _step_times(pairs: Iterable[Sequence[float]]) -> tuple[tuple[int, float], ...]:
+def _step_times(pairs: Iterable[Sequence[Any]]) -> tuple[tuple[int, float], ...]:
     try:
-        times = tuple((int(rows), float(time)) for rows, time in pairs)
+        times = tuple((index(rows), float(time)) for rows, time in pairs)
     except (TypeError, ValueError):
         raise TypeError(
-            f"step_times must be pairs of rows and time, such as ((1, 2.0), (64, 3.5)), got {pairs!r}"
+            f"step_times must be pairs of rows, an integer, and time, such as ((1, 2.0), (64, 3.5)), got {pairs!r}"
         ) from None
     if not times or any(rows < 1 or not 0 < time < float("inf") for rows, time in times):
         raise ValueError(f"step_times needs rows of at least 1 and times above 0, got {times}")

@@ -62,12 +62,16 @@ def decode(
         stats: counts, updated before each step is given out.
 
     Raises:
-        ValueError: the target has no room for a request.
+        ValueError: the target has no room for a request, or a shared namespace is for another model or not among the
+            sources.
     """
     for request, length in zip(requests, target.lengths, strict=True):
         needed = length + request.limit - request.cached + max_rows(config, own_source=request.propose is not None)
         if needed > target.capacity:
             raise ValueError(f"the target's capacity is {target.capacity} slots, and a request needs {needed}")
+    for request in requests:
+        if request.shared is not None:
+            request.shared.bind(target.config.vocab_size)
     lookaheads = [
         Lookahead(
             r.prompt,
@@ -110,5 +114,5 @@ def autoregressive(
     target: Target, requests: Sequence[Request], config: LookaheadConfig, stats: Stats
 ) -> Iterator[list[Choice | None]]:
     """Plain decoding, with the signature of `decode`: every step is the current token alone."""
-    plain = [replace(r, propose=None) for r in requests]
+    plain = [replace(r, propose=None, shared=None) for r in requests]
     return decode(target, plain, replace(config, sources=()), stats)

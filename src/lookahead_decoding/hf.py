@@ -230,8 +230,6 @@ class LookaheadDecoding:
         if generation_config.cache_implementation is not None or past is None:
             past = DynamicCache(config=model.config.get_text_config(decoder=True))
         rows = _layout(input_ids, model_kwargs, past, generation_config)
-        if self.shared is not None:
-            self.shared.bind(model.config.get_text_config(decoder=True).vocab_size)
         requests = _requests(self, input_ids, logits_processor, stopping_criteria, generation_config, rows)
         before = past.get_seq_length()
         longest = before + max(r.limit - r.cached for r in requests)

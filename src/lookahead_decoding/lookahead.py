@@ -65,8 +65,9 @@ class Choice:
 
 
 def max_rows(config: LookaheadConfig, own_source: bool = False) -> int:
-    """Rows of the largest tree that `plan` can give, with or without a source of one's own."""
-    return config.most_rows + (PROPOSED_ROWS if own_source else 0)
+    """Rows of the largest tree that `plan` can give, with or without a source of one's own, for which there is more
+    room unless the caller has capped the rows."""
+    return config.most_rows + (PROPOSED_ROWS if own_source and config.max_rows is None else 0)
 
 
 class Lookahead:
@@ -79,7 +80,7 @@ class Lookahead:
             stands at that position or past it.
         stop_ids: tokens that end the text; they are not worth guessing past.
         propose: a further source of candidates.
-        shared: text of earlier requests, if there is any; asked where the sources name it.
+        shared: text of earlier requests, if there is any.
         counts: where drafts are counted by source.
 
     Attributes:
@@ -87,7 +88,7 @@ class Lookahead:
         window_gain: accepted tokens of the last step that only the window had proposed, and those behind them.
 
     Raises:
-        ValueError: the prompt is empty.
+        ValueError: the prompt is empty, or text of earlier requests is given and not among the sources.
     """
 
     def __init__(
@@ -103,6 +104,8 @@ class Lookahead:
     ) -> None:
         if not prompt:
             raise ValueError("the prompt is empty: lookahead decoding needs at least one token to continue")
+        if shared is not None and "shared" not in config.sources:
+            raise ValueError("a shared namespace was given, and the config's sources leave out 'shared': name it there")
         self.text = list(prompt)
         self.window_gain = 0
         self._prompt = tuple(prompt)
@@ -119,15 +122,16 @@ class Lookahead:
         self._recycled = RecycledSource() if "recycled" in config.sources else None
         self._sources: list[Source] = [OwnSource(propose)] if propose else []
         searched = [name for name in config.sources if name in ("prompt", "output")]
-        self._pooled = not config.adaptive and searched
+        self._pooled = not config.adaptive and bool(searched)
         if searched and config.adaptive:
             self._sources.append(SuffixSource(prompt, searched))
         if self._recycled:
             self._sources.append(self._recycled)
-        if shared is not None and "shared" in config.sources:
+        if shared is not None:
             self._sources.append(SharedSource(shared))
         if "window" in config.sources or self._pooled:
-            self._sources.append(NgramSource(self._pool, at_root=not config.adaptive))
+            name = "pool" if self._pooled else "window"
+            self._sources.append(NgramSource(self._pool, at_root=not config.adaptive, name=name))
         self._acceptance = Acceptance(self._sources)
         self._counts = counts if counts is not None else {}
         self._growing: GrowingTree | None = None

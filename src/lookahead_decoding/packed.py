@@ -7,10 +7,6 @@ price of its memory. The model is left as it is: its layers use the copies only 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -30,48 +26,59 @@ SAMPLES = 256
 class PackedLinears:
     """The linear layers of a model with their weights laid out; inside a `with` block they are used.
 
-    In bfloat16 most products are the same bit by bit, in float32 they are rounded in another order; few rows and small
-    layers are multiplied there as without copies. Nested and concurrent blocks do no harm, since a layer outside of all
-    blocks takes its own weight.
+    A weight is laid out when a product first needs it. In bfloat16 most products are the same bit by bit, in float32
+    they are rounded in another order; few rows and small layers are multiplied there as without copies.
 
     Args:
         model: in bfloat16 or float32 on a CPU, one that `why_not` has nothing against.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._forwards: list[tuple[dict[str, Any], Callable[[torch.Tensor], torch.Tensor]]] = []
-        with torch.no_grad():
-            for layer in linears(model):
-                single = layer.weight.dtype == torch.float32
-                lay_out = torch.ops.mkl._mkl_reorder_linear_weight if single else _reorder
-                product = partial(_single if single else _half, lay_out(layer.weight.detach(), ROWS), layer)
-                self._forwards.append((vars(layer), product))
+        kinds = {torch.float32: _SinglePrecision, torch.bfloat16: _HalfPrecision}
+        self._products = [(vars(layer), kinds[layer.weight.dtype](layer)) for layer in linears(model)]
 
     def __enter__(self) -> None:
-        for attributes, product in self._forwards:
-            attributes["forward"] = product
+        for attributes, product in self._products:
+            attributes.setdefault("forward", product)  # one that somebody put there goes first
 
     def __exit__(self, *error: object) -> None:
-        for attributes, _ in self._forwards:
-            attributes.pop("forward", None)
+        for attributes, product in self._products:
+            if attributes.get("forward") is product:
+                del attributes["forward"]
 
 
-def _reorder(weight: torch.Tensor, rows: int) -> torch.Tensor:
-    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-    return packed
+class _HalfPrecision:
+    """A layer's forward in bfloat16, by oneDNN."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self._layer = layer
+        self._packed: torch.Tensor | None = None
+
+    def __call__(self, input: torch.Tensor) -> torch.Tensor:
+        if self._packed is None:
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(self._layer.weight.detach(), ROWS)
+        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(
+            input, self._packed, self._layer.bias, "none", [], ""
+        )
+        return product
 
 
-def _half(packed: torch.Tensor, layer: nn.Linear, input: torch.Tensor) -> torch.Tensor:
-    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(input, packed, layer.bias, "none", [], "")
-    return product
+class _SinglePrecision:
+    """A layer's forward in float32, by MKL."""
 
+    def __init__(self, layer: nn.Linear) -> None:
+        self._layer = layer
+        self._packed: torch.Tensor | None = None
 
-def _single(packed: torch.Tensor, layer: nn.Linear, input: torch.Tensor) -> torch.Tensor:
-    rows = input.numel() // layer.in_features
-    if rows < LEAST_ROWS:
-        return nn.functional.linear(input, layer.weight, layer.bias)
-    product: torch.Tensor = torch.ops.mkl._mkl_linear.default(input, packed, layer.weight, layer.bias, rows)
-    return product
+    def __call__(self, input: torch.Tensor) -> torch.Tensor:
+        layer = self._layer
+        rows = input.numel() // layer.in_features
+        if rows < LEAST_ROWS:
+            return nn.functional.linear(input, layer.weight, layer.bias)
+        if self._packed is None:
+            self._packed = torch.ops.mkl._mkl_reorder_linear_weight(layer.weight.detach(), ROWS)
+        product: torch.Tensor = torch.ops.mkl._mkl_linear.default(input, self._packed, layer.weight, layer.bias, rows)
+        return product
 
 
 def linears(model: nn.Module) -> list[nn.Linear]:
@@ -85,14 +92,8 @@ def linears(model: nn.Module) -> list[nn.Linear]:
         and layer.weight.dtype in least
         and layer.weight.numel() >= least[layer.weight.dtype]
         and layer.weight.device.type == "cpu"
-        and _own_forward(layer)
+        and "forward" not in vars(layer)
     ]
-
-
-def _own_forward(layer: nn.Linear) -> bool:
-    """Whether nobody but a block of ours, in another thread, has replaced a layer's forward."""
-    forward = vars(layer).get("forward")
-    return forward is None or (isinstance(forward, partial) and forward.func in (_half, _single))
 
 
 def copied_bytes(model: nn.Module) -> int:

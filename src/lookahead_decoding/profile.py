@@ -12,6 +12,7 @@ import math
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ class Machine:
 
     Attributes:
         model: fingerprint of its configuration and of the shapes of its weights.
-        dtype, device: as torch names them; the device with the processor's name.
+        dtype: as torch names it.
+        device: its type, and the processor's name.
         threads: of torch, on a CPU.
         how: the step runs, as `Target` takes it.
         batch: sequences of a step.
@@ -42,6 +44,7 @@ class Machine:
     threads: int
     how: str
     batch: int
+    version: str = metadata.version("lookahead-decoding")
     torch: str = torch.__version__
     transformers: str = transformers.__version__
 
@@ -60,7 +63,7 @@ def machine_of(model: Any, how: str, batch: int = 1) -> Machine:
     return Machine(
         model=hashlib.sha256(text.encode()).hexdigest()[:24],
         dtype=str(model.dtype).removeprefix("torch."),
-        device=device_name(model.device),
+        device=f"{model.device.type}: {device_name(model.device)}",
         threads=torch.get_num_threads(),
         how=how,
         batch=batch,
@@ -93,6 +96,6 @@ def load(machine: Machine) -> list[tuple[int, float]] | None:
         if content["format"] != FORMAT or content["machine"] != asdict(machine):
             return None
         times = [(int(rows), float(time)) for rows, time in content["times"]]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
     return times if times and all(n >= 1 and 0 < t < math.inf for n, t in times) else None

@@ -32,15 +32,16 @@ class Generation:
         self.texts: list[array[int]] = []
         self.requests = 0
         self.automaton = SuffixAutomaton()
+        self._tokens = 0
 
     def __len__(self) -> int:
         """Tokens of all texts."""
-        return sum(map(len, self.texts))
+        return self._tokens
 
     @property
     def nbytes(self) -> int:
-        """Memory, as an upper estimate."""
-        return self.automaton.nbytes + 4 * len(self)
+        """Memory, as an upper estimate; 0 where nothing was learned."""
+        return self.automaton.nbytes + 4 * len(self) if self.requests else 0
 
     def add(self, text: Sequence[int]) -> None:
         """Learn a text; one that occurs in another takes no memory."""
@@ -51,9 +52,22 @@ class Generation:
         if match[1] == len(text):
             return
         self.texts.append(array("i", text))
+        self._tokens += len(text)
         self.automaton.begin()
         for token in text:
             self.automaton.add(token)
+
+    def newest(self, max_bytes: int) -> Generation:
+        """Itself, or a generation of its newest texts if it takes more than so many bytes."""
+        kept: Generation = self
+        while kept.nbytes > max_bytes and kept.texts:
+            share = max_bytes / kept.nbytes
+            texts = kept.texts[-int(share * len(kept.texts)) :] if share * len(kept.texts) >= 1 else []
+            kept = Generation()
+            for text in texts:
+                kept.add(text)
+            kept.requests = self.requests if texts else 0
+        return kept
 
 
 class Namespace:
@@ -68,9 +82,9 @@ class Namespace:
 
     Attributes:
         name: in its pool.
-        vocab_size: of the model whose tokens these are; 0 until there are any.
+        vocab_size: of the model that it serves; 0 until there is one.
         younger, older: its generations.
-        lock: held while it learns and while it is asked, so that requests may run in several threads.
+        lock: held while it learns and while it is asked: models of several threads may share a namespace.
     """
 
     def __init__(self, pool: SharedPool, name: str) -> None:
@@ -79,6 +93,7 @@ class Namespace:
         self.younger, self.older = Generation(), Generation()
         self.lock = RLock()
         self._pool = pool
+        self._closed = False
 
     @property
     def tokens(self) -> int:
@@ -94,17 +109,18 @@ class Namespace:
         """Serve a model.
 
         Raises:
-            ValueError: the texts are another model's.
+            ValueError: it serves another one.
         """
-        if self.vocab_size not in (0, vocab_size):
-            raise ValueError(
-                f"namespace {self.name!r} holds text of a model with {self.vocab_size:,} tokens, and this one has "
-                f"{vocab_size:,}: take a namespace per tokenizer"
-            )
-        self.vocab_size = vocab_size
+        with self.lock:
+            if self.vocab_size not in (0, vocab_size):
+                raise ValueError(
+                    f"namespace {self.name!r} is for a model with {self.vocab_size:,} tokens, and this one has "
+                    f"{vocab_size:,}: take a namespace per tokenizer"
+                )
+            self.vocab_size = vocab_size
 
     def learn(self, text: Sequence[int], start: int = 0) -> None:
-        """Remember a finished request.
+        """Remember a finished request; a namespace that its pool has removed does not.
 
         Args:
             text: token ids, prompt included.
@@ -116,10 +132,12 @@ class Namespace:
         kept = list(text[max(0, start - CONTEXT) :])
         if any(not 0 <= token < self.vocab_size for token in kept):
             raise ValueError(f"namespace {self.name!r} takes token ids from 0 to {self.vocab_size - 1:,}")
+        room = self._pool.max_bytes  # a full younger generation, and an older one that its last text has overfilled
         with self.lock:
-            half = self._pool.max_bytes // 2
-            self.younger.add(kept[-(half // TOKEN_BYTES) :])
-            if self.younger.nbytes > half or self.younger.requests >= self._pool.max_age // 2:
+            if self._closed:
+                return
+            self.younger.add(kept[-(room // 4 // TOKEN_BYTES) :])
+            if self.younger.nbytes > room * 3 // 8 or self.younger.requests >= self._pool.max_age // 2:
                 self.turn()
         self._pool.shrink(self)
 
@@ -129,23 +147,35 @@ class Namespace:
             if self.younger.requests:
                 self.younger, self.older = Generation(), self.younger
 
-    def forget(self) -> bool:
-        """Let go of the older texts, or of all where none are older; returns whether there were any."""
+    def restore(self, younger: Generation, older: Generation) -> None:
+        """Take over generations that were kept elsewhere; what has no room is left out, oldest first."""
         with self.lock:
+            room = self._pool.max_bytes
+            self.younger, self.older = younger.newest(room * 3 // 8), older.newest(room * 5 // 8)
+        self._pool.shrink(self)
+
+    def forget(self) -> int:
+        """Let go of the older texts, or of all where none are older; returns the bytes that they took."""
+        with self.lock:
+            before = self.nbytes
             if self.older.requests:
                 self.older = Generation()
-            elif self.younger.requests:
-                self.younger = Generation()
             else:
-                return False
-        return True
+                self.younger = Generation()
+            return before - self.nbytes
+
+    def close(self) -> None:
+        """Forget all texts and learn no more. Requests that are running keep what they have been reading."""
+        with self.lock:
+            self._closed = True
+            self.younger, self.older = Generation(), Generation()
 
 
 class SharedPool:
     """Namespaces of text that finished requests have left.
 
     Args:
-        max_bytes: memory of all namespaces together. A namespace keeps its newest half of that in any case; where all
+        max_bytes: memory of all namespaces together. A namespace keeps its newest third of that in any case; where all
             together have more, the one that learned longest ago forgets first.
         max_age: requests of a namespace after which a text has left it, unless it was learned again.
 
@@ -187,21 +217,28 @@ class SharedPool:
         if not name:
             raise ValueError("a namespace needs a name: give one per tenant or application")
         with self._lock:
-            return self._namespaces.setdefault(name, Namespace(self, name))
+            if name not in self._namespaces:
+                self._namespaces[name] = Namespace(self, name)
+            return self._namespaces[name]
 
     def remove(self, name: str) -> None:
-        """Forget a namespace and all its text; one that is not there is no error."""
+        """Forget a namespace and all its text, whoever holds it; one that is not there is no error."""
         with self._lock:
-            self._namespaces.pop(name, None)
+            removed = self._namespaces.pop(name, None)
+        if removed is not None:
+            removed.close()
 
     def shrink(self, newest: Namespace) -> None:
         """Make room after a namespace has learned."""
         with self._lock:
             if self._namespaces.get(newest.name) is newest:
                 self._namespaces[newest.name] = self._namespaces.pop(newest.name)
+            excess = self.nbytes - self.max_bytes
             for namespace in list(self._namespaces.values()):
-                while self.nbytes > self.max_bytes and namespace.forget():
-                    pass
+                while excess > 0 and (freed := namespace.forget()):
+                    excess -= freed
+                if excess <= 0:
+                    break
 
 
 class SharedText:

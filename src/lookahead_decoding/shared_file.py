@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from itertools import accumulate
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import safetensors
 import safetensors.numpy
 
 from .files import replace
-from .shared import SharedPool
+from .shared import Generation, SharedPool
 
 NAME = "lookahead-decoding shared pool"
 FORMAT = 1
@@ -30,33 +30,39 @@ def save_pool(pool: SharedPool, path: str | Path) -> None:
     """
     tensors: dict[str, np.ndarray[Any, np.dtype[np.int32]]] = {}
     entries: list[dict[str, Any]] = []
-    check = 0
     for number, namespace in enumerate(pool.namespaces.values()):
         with namespace.lock:
             generations = {"younger": namespace.younger, "older": namespace.older}
             entry = {age: generation.requests for age, generation in generations.items()}
             entries.append({"name": namespace.name, "vocab_size": namespace.vocab_size, **entry})
             for age, generation in generations.items():
-                tokens = np.array([token for text in generation.texts for token in text], np.int32)
-                check = zlib.crc32(tokens.tobytes(), check)
-                tensors[f"{number}.{age}.tokens"] = tokens
+                tokens = [token for text in generation.texts for token in text]
+                tensors[f"{number}.{age}.tokens"] = np.array(tokens, np.int32)
                 tensors[f"{number}.{age}.lengths"] = np.array([len(text) for text in generation.texts], np.int32)
-    metadata = {"name": NAME, "format": str(FORMAT), "crc32": str(check), "namespaces": json.dumps(entries)}
+    content = json.dumps({"max_bytes": pool.max_bytes, "max_age": pool.max_age, "namespaces": entries})
+    metadata = {"name": NAME, "format": str(FORMAT), "content": content, "crc32": str(_check(content, tensors))}
     replace(Path(path), safetensors.numpy.save(tensors, metadata))
 
 
-def load_pool(path: str | Path, max_bytes: int = 64 << 20, max_age: int = 10_000) -> SharedPool:
+def _check(content: str, tensors: Mapping[str, np.ndarray[Any, Any]]) -> int:
+    check = zlib.crc32(content.encode())
+    for name in sorted(tensors):
+        check = zlib.crc32(name.encode() + tensors[name].tobytes(), check)
+    return check
+
+
+def load_pool(path: str | Path, max_bytes: int | None = None, max_age: int | None = None) -> SharedPool:
     """Read a pool that `save_pool` wrote.
 
     Args:
         path: of the file.
-        max_bytes, max_age: as for `SharedPool`; the oldest texts that have no room are left out.
+        max_bytes, max_age: as for `SharedPool`, by default those of the pool that was saved; the oldest texts that have
+            no room are left out.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: it is no shared pool, of another format, or damaged; the message says which.
     """
-    pool = SharedPool(max_bytes, max_age)
     with open(path, "rb"):  # a clear error where there is no file
         pass
     try:
@@ -69,27 +75,23 @@ def load_pool(path: str | Path, max_bytes: int = 64 << 20, max_age: int = 10_000
         raise ValueError(f"{path} is no shared pool of lookahead-decoding")
     if metadata.get("format") != str(FORMAT):
         raise ValueError(f"{path} has format {metadata.get('format')}, and this version reads {FORMAT}: make it anew")
-    try:
-        _fill(pool, metadata, tensors)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise ValueError(f"{path} is damaged ({error}): make it anew") from error
+    if str(_check(metadata.get("content", ""), tensors)) != metadata.get("crc32"):
+        raise ValueError(f"{path} is damaged (its checksum is wrong): make it anew")
+    content = json.loads(metadata["content"])
+    bounds = {"max_bytes": max_bytes, "max_age": max_age}
+    pool = SharedPool(**{name: content[name] if given is None else given for name, given in bounds.items()})
+    for number, entry in enumerate(content["namespaces"]):
+        namespace = pool.namespace(entry["name"])
+        namespace.bind(entry["vocab_size"])
+        read = {age: _generation(tensors, f"{number}.{age}", entry[age]) for age in ("younger", "older")}
+        namespace.restore(**read)
     return pool
 
 
-def _fill(pool: SharedPool, metadata: dict[str, str], tensors: dict[str, Any]) -> None:
-    check = 0
-    entries = json.loads(metadata["namespaces"])
-    for number in range(len(entries)):
-        for age in ("younger", "older"):
-            check = zlib.crc32(tensors[f"{number}.{age}.tokens"].tobytes(), check)
-    if str(check) != metadata["crc32"]:
-        raise ValueError("its checksum is wrong")
-    for number, entry in enumerate(entries):
-        namespace = pool.namespace(entry["name"])
-        namespace.bind(int(entry["vocab_size"]))
-        for age in ("older", "younger"):
-            namespace.turn()
-            tokens, lengths = (tensors[f"{number}.{age}.{what}"].tolist() for what in ("tokens", "lengths"))
-            for end, length in zip(accumulate(lengths), lengths, strict=True):
-                namespace.learn(tokens[end - length : end])
-            namespace.younger.requests = max(namespace.younger.requests, int(entry[age]))
+def _generation(tensors: Mapping[str, np.ndarray[Any, Any]], name: str, requests: int) -> Generation:
+    generation = Generation()
+    ends = tensors[f"{name}.lengths"].cumsum()
+    for text in np.split(tensors[f"{name}.tokens"], ends[:-1]) if len(ends) else []:
+        generation.add(text.tolist())
+    generation.requests = requests
+    return generation

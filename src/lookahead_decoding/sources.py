@@ -228,46 +228,19 @@ class RecycledSource:
         return (0.1, 0.06, 0.03)[other - 13] if other else chance
 
 
-class NgramSource:
-    """N-grams of a pool, by their first token.
+class DraftSource:
+    """Drafts that are known whole at the root, and asked node by node.
 
     Args:
-        pool: that somebody fills.
-        at_root: asked at the root only, as in the paper; otherwise further n-grams begin at every node.
+        name: in the counts.
+        best: the chance of the first draft, until it is known better.
     """
 
-    name = "window"
     bits = 3
 
-    def __init__(self, pool: NgramPool, at_root: bool) -> None:
-        self._pool = pool
-        self._at_root = at_root
-
-    def root(self, text: Sequence[int]) -> list[Sequence[int]]:
-        return list(self._pool.candidates(text[-1]))
-
-    def follow(self, state: Sequence[Sequence[int]], token: int) -> list[Sequence[int]]:
-        rest = [drafts[1:] for drafts in state if drafts[0] == token and len(drafts) > 1]
-        return rest if self._at_root else [*rest, *self._pool.candidates(token)]
-
-    def propose(self, state: Sequence[Sequence[int]]) -> Iterable[tuple[int, int]]:
-        return [(token, min(rank, 7)) for rank, token in enumerate(dict.fromkeys(d[0] for d in state), 1)]
-
-    def prior(self, mark: int) -> float:
-        return 0.3 / mark
-
-
-class OwnSource:
-    """Drafts of the caller's function, which is asked once per step."""
-
-    name = "own"
-    bits = 3
-
-    def __init__(self, propose: Propose) -> None:
-        self._propose = propose
-
-    def root(self, text: Sequence[int]) -> list[Sequence[int]]:
-        return [drafts for drafts in self._propose(text) if drafts]
+    def __init__(self, name: str, best: float) -> None:
+        self.name = name
+        self._best = best
 
     def follow(self, state: Sequence[Sequence[int]], token: int) -> list[Sequence[int]]:
         return [drafts[1:] for drafts in state if drafts[0] == token and len(drafts) > 1]
@@ -276,7 +249,40 @@ class OwnSource:
         return [(token, min(rank, 7)) for rank, token in enumerate(dict.fromkeys(d[0] for d in state), 1)]
 
     def prior(self, mark: int) -> float:
-        return 0.5 / mark
+        return self._best / mark
+
+
+class NgramSource(DraftSource):
+    """N-grams of a pool, by their first token.
+
+    Args:
+        pool: that somebody fills.
+        at_root: asked at the root only, as in the paper; otherwise further n-grams begin at every node.
+        name: in the counts.
+    """
+
+    def __init__(self, pool: NgramPool, at_root: bool, name: str = "window") -> None:
+        super().__init__(name, best=0.3)
+        self._pool = pool
+        self._at_root = at_root
+
+    def root(self, text: Sequence[int]) -> list[Sequence[int]]:
+        return list(self._pool.candidates(text[-1]))
+
+    def follow(self, state: Sequence[Sequence[int]], token: int) -> list[Sequence[int]]:
+        rest = super().follow(state, token)
+        return rest if self._at_root else [*rest, *self._pool.candidates(token)]
+
+
+class OwnSource(DraftSource):
+    """Drafts of the caller's function, which is asked once per step."""
+
+    def __init__(self, propose: Propose) -> None:
+        super().__init__("own", best=0.5)
+        self._propose = propose
+
+    def root(self, text: Sequence[int]) -> list[Sequence[int]]:
+        return [drafts for drafts in self._propose(text) if drafts]
 
 
 class Acceptance:

@@ -28,7 +28,8 @@ class Stats:
         drafted: draft tokens put up for verification.
         rows: nodes fed in steps, padding included.
         plain_steps: steps that fed the current tokens alone.
-        sources: drafts by the name of their source: "suffix" (of prompt and output), "recycled", "window", "own".
+        sources: drafts by the name of their source: "suffix" (of prompt and output), "recycled", "window", "shared",
+            "own", and "pool" (n-grams of prompt and output with the paper's).
         seconds: time in prefill and in each part of a step, by name.
     """
 

@@ -24,7 +24,8 @@ NOWHERE: Match = (0, 0)
 class SuffixAutomaton:
     """All substrings of a text that grows, or of several, one after the other.
 
-    Continuations of a state are in the order in which they were last seen, newest last.
+    Continuations of a state are in the order in which they were last seen, newest last; of the contexts that a token
+    follows at once, the longest `REFRESHED` take note of it.
     """
 
     def __init__(self, text: Iterable[int] = ()) -> None:

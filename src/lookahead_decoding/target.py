@@ -101,6 +101,8 @@ AttentionMaskInterface.register(OURS, sdpa_mask)
 class Target:
     """A causal language model that evaluates token trees, for a batch of sequences of their own lengths.
 
+    While a target works, nothing else may use its model, in another thread least of all.
+
     Args:
         model: what `AutoModelForCausalLM.from_pretrained` gives.
         capacity: slots per sequence: the longest length one can reach, plus the rows of the largest tree.
@@ -110,8 +112,8 @@ class Target:
             padded to fixed shapes and, on a GPU, captured once per size. "full": compiled with torch.compile, and
             captured too on a GPU; a CPU takes minutes for it, and in bfloat16 holds a second copy of the weights as
             well. "auto": "full" on a GPU, or "off" with a warning if that cannot be; elsewhere "packed" where that can
-            be and the copy takes at most 2 GiB, or "off". A copy is made anew when the weights have changed; of
-            changes made through `.data`, a sample is looked at.
+            be and the copy takes at most 2 GiB, or "off". A copy is kept for the model's life, and made anew when the
+            weights have changed; of changes made through `.data`, a sample is looked at.
 
     Raises:
         ValueError: the model cannot take a token tree, or its step cannot be compiled as asked; the message says why.
@@ -130,11 +132,13 @@ class Target:
         self._start(model, capacity, batch, attention, "off" if reason else wanted)
 
     @classmethod
-    def with_attention(cls, model: PreTrainedModel, capacity: int, attention: str | None = None) -> Target:
+    def with_attention(
+        cls, model: PreTrainedModel, capacity: int, attention: str | None = None, packed: bool = False
+    ) -> Target:
         """A target for one sequence with a given attention, unprobed; the model's own by default."""
         target = cls.__new__(cls)
         own: str = model.config.get_text_config(decoder=True)._attn_implementation
-        target._start(model, capacity, 1, attention or own, "off")
+        target._start(model, capacity, 1, attention or own, "packed" if packed else "off")
         return target
 
     def _start(self, model: PreTrainedModel, capacity: int, batch: int, attention: str, compile: str) -> None:
@@ -390,7 +394,7 @@ def _compiled(model: PreTrainedModel) -> Compiled:
 
 def _packed(model: PreTrainedModel) -> PackedLinears:
     """The packed weights of a model; packed anew when they have changed."""
-    known = _known[model]
+    known = _known.setdefault(model, _Known())
     weights = version_of(model)
     if known.packed is None or known.packed[0] != weights:
         known.packed = None  # gives its memory back first

@@ -111,7 +111,8 @@ def step_times(
     """
     for context in contexts:
         capacity = context + max(rows)
-        targets = [Target(model, capacity, compile=compile), Target.with_attention(model, capacity)]
+        ours = Target(model, capacity, compile=compile)
+        targets = [ours, Target.with_attention(model, capacity, packed=ours.how == "packed")]
         for target in targets:
             for first in range(0, context, 512):
                 target.prefill([[7] * min(512, context - first)])
@@ -123,9 +124,9 @@ def step_times(
                 target.forward([tree]).argmax()
 
             both = [lambda t=target: forward(t) for target in targets]
-            ours, stock = seconds(both, repeats)
-            yield StepTime(n, context, 1e3 * ours, 1e3 * stock)
-        del targets, target
+            mine, stock = seconds(both, repeats)
+            yield StepTime(n, context, 1e3 * mine, 1e3 * stock)
+        del targets, target, ours
 
 
 def commit_times(model: PreTrainedModel, contexts: Sequence[int] = (256, 8192), repeats: int = 50) -> dict[int, float]:

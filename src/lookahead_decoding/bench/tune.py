@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..budget import SIZES, StepTimes
+from ..budget import StepTimes
 from ..config import LookaheadConfig
 from ..hf import LookaheadDecoding, generate
 from ..stats import PHASES, Stats
 from ..target import Target
 from .step import tree_of
+
+TUNED = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+"""Rows of the steps that are timed."""
 
 GRID = (
     (3, 3, 3),
@@ -86,11 +89,6 @@ def forward_times(
             yield [(size, median(times)) for size, times in zip(sizes, taken, strict=True)]
 
 
-def sizes_up_to(rows: int) -> list[int]:
-    """The sizes that a step may have, without those that hardly differ."""
-    return [size for size in SIZES if size <= rows and size not in (3, 6, 10, 20, 40, 80)]
-
-
 def run(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], config: LookaheadConfig, new_tokens: int, compile: str
 ) -> list[Stats]:
@@ -120,6 +118,7 @@ class Tuning:
     """
 
     def __init__(self, forwards: Sequence[tuple[int, float]], plain: Sequence[Stats]) -> None:
+        self._sizes = [rows for rows, _ in forwards]
         self._forward = StepTimes(forwards)
         self._plain = outside(plain)
         self._outside = [(1.0, self._plain)]
@@ -128,7 +127,7 @@ class Tuning:
         """t(n) with what is done outside the forward, which grows with the rows: what a profile holds."""
         wide = [(rows, taken) for rows, taken in self._outside if rows > 1]
         per_row = median([(taken - self._plain) / rows for rows, taken in wide]) if wide else 0.0
-        return [(n, self._forward(n) + self._plain + max(0.0, per_row) * (n if n > 1 else 0)) for n in sizes_up_to(256)]
+        return [(n, self._forward(n) + self._plain + max(0.0, per_row) * (n if n > 1 else 0)) for n in self._sizes]
 
     def judge(self, name: str, stats: Sequence[Stats]) -> Trial:
         """What a configuration's counts are worth at the measured times."""

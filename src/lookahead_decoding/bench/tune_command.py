@@ -24,7 +24,7 @@ from ..target import COMPILE, OURS, Target, kernel_found
 from .methods import of_steps
 from .result import added
 from .step import limits
-from .tune import GRID, Trial, Tuning, forward_times, run, sizes_up_to, trials
+from .tune import GRID, TUNED, Trial, Tuning, forward_times, run, trials
 
 SAMPLES = (
     'def mean(numbers):\n    """The mean of a list of numbers."""\n',
@@ -131,7 +131,7 @@ def _measure(
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("time of a step", total=9)
         try:
-            for forwards in forward_times(model, sizes_up_to(MAX_ROWS), compile):  # noqa: B007  # the last is the best
+            for forwards in forward_times(model, TUNED, compile):  # noqa: B007  # the last is the best
                 progress.advance(task)
             task = progress.add_task("acceptance", total=len(settings) + 2)
             tuning = Tuning(forwards, run(model, prompts, PLAIN, length, compile))
@@ -187,11 +187,9 @@ def doctor(
         "step_ms": round(1e3 * times[1], 2),
         "t8_over_t1": round(times[8] / times[1], 2),
         "t32_over_t1": round(times[32] / times[1], 2),
-        "tokens_per_step": round(adaptive.mean_acceptance_length, 2),
+        "mean_acceptance_length": round(adaptive.mean_acceptance_length, 2),
         "rows_per_step": round(adaptive.rows_per_step, 1),
-        "plain_share": round(
-            sum(s.plain_steps for s in adaptive.stats) / max(1, sum(s.steps for s in adaptive.stats)), 2
-        ),
+        "plain_share": round(adaptive.plain_share, 2),
         "expected_speedup": round(adaptive.speedup, 2),
     }
     advice = advise(target, place, times, adaptive)
@@ -208,14 +206,16 @@ def doctor(
             f"drafts from {name}", f"{count['accepted']:.0f} of {count['proposed']:.0f} accepted ({share:.0%})"
         )
     console.print(table)
-    pays = adaptive.speedup >= LITTLE
-    console.print(
-        f"It pays here: about {adaptive.speedup:.2f} times plain decoding on the sample."
-        if pays
-        else "It hardly pays here; decoding notices and is then plain."
-    )
+    console.print(verdict(adaptive.speedup))
     for line in advice:
         console.print(f"* {line}")
+
+
+def verdict(speedup: float) -> str:
+    """Whether it pays, in a sentence."""
+    if speedup >= LITTLE:
+        return f"It pays here: about {speedup:.2f} times plain decoding on the sample."
+    return "It hardly pays here; decoding notices and is then plain."
 
 
 def _attention(target: Target) -> str:
