@@ -106,7 +106,7 @@ class StepTimes:
 
     @property
     def plain_samples(self) -> int:
-        """Plain steps that were timed."""
+        """Plain steps whose times are remembered."""
         return len(self._plain)
 
     def __call__(self, rows: int) -> float:

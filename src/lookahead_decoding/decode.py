@@ -58,7 +58,7 @@ def decode(
     Args:
         target: with room for the requests; what it has committed already comes before the prompts' own tokens.
         requests: one per sequence of the target.
-        config: W, N, G and the sources.
+        config: the sources, and what is fixed.
         stats: counts, updated before each step is given out.
 
     Raises:

@@ -130,7 +130,7 @@ class LookaheadDecoding:
     `generate` hands a custom loop neither its streamer nor its tokenizer, so they are given here.
 
     Args:
-        config: W, N, G and the sources; the defaults if left out.
+        config: the sources, and what is fixed; the defaults if left out.
         streamer: gets the prompt once, every token once, and the end. For one sequence.
         tokenizer: needed for stop strings.
         stop_strings: texts that end a sequence.
@@ -247,7 +247,7 @@ class Run:
     """A prepared call of `generate`.
 
     Attributes:
-        config: W, N, G and the sources.
+        config: the sources, and what is fixed.
         target: the model with room for the requests.
         requests: one per sequence.
         stats: counts, updated as the steps are taken.

@@ -242,7 +242,7 @@ class SharedPool:
 
 
 class SharedText:
-    """A reader of a namespace: matches in both generations, as they were when it was made.
+    """A reader of a namespace: matches in the generations that there were when it was made.
 
     Args:
         namespace: whose text is searched.

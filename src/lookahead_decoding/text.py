@@ -81,7 +81,7 @@ def stream(
         model: any causal language model that can take a token tree.
         tokenizer: its tokenizer.
         prompt: text, or token ids (a list, or a tensor of one sequence).
-        lookahead: W, N, G and the sources.
+        lookahead: the sources, and what is fixed.
         seed: for sampling; torch's own generator is used if left out.
         propose, shared: further sources of candidates (see `LookaheadDecoding`).
         compile: how a step runs (see `Target`).
