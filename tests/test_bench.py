@@ -26,6 +26,13 @@ def row(prompt: int, method: str, seconds: tuple[float, ...], share: float = 1.0
     return Row(prompt, method, plain, tokens, seconds, None if plain else 2.0, share, True)
 
 
+def test_where_every_prompt_loops_the_best_plain_method_is_the_fastest_on_those() -> None:
+    slow, fast = (
+        row(0, name, (t,), share=0.1) for name, t in (("autoregressive@float32", 2.0), ("hf-greedy@float32", 1.0))
+    )
+    assert Result(ABOUT, [slow, fast]).best_plain == "hf-greedy@float32"
+
+
 def test_ratios_are_medians_over_prompts_to_the_best_plain_method_of_any_dtype() -> None:
     result = Result(ABOUT)
     for prompt, speed in enumerate((1.0, 2.0, 4.0)):

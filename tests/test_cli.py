@@ -159,6 +159,8 @@ def test_chat_answers_until_the_input_ends(tmp_path: Path) -> None:
         (["generate", "pocket", "-p", "a", "--device", "nowhere"], "cannot use device 'nowhere'"),
         (["bench", "pocket"], "Missing option"),
         (["bench", "step", "pocket", "--rows", "x"], "takes numbers"),
+        (["generate", "pocket", "-p", "a", "--plain", "-W", "5"], "--plain guesses nothing"),
+        (["generate", "pocket", "-p", "a", "-W", "5", "--sources", "prompt"], "window_size is the window's"),
         (["nonsense"], "No such command"),
     ],
 )
@@ -168,6 +170,21 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], message: st
     assert err.startswith("lookahead: ")
     assert message in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["bench"]])
+def test_a_command_alone_shows_its_help(arguments: list[str], capsys, monkeypatch) -> None:
+    code, out, err = run(capsys, monkeypatch, *arguments)
+    assert (code, out) == (2, "")
+    assert "Commands:" in err
+
+
+def test_a_method_is_measured_once(prompts: Path, capsys, monkeypatch) -> None:
+    arguments = ("bench", "pocket", "--prompts", str(prompts), "--methods", "lookahead,lookahead")
+    assert run(capsys, monkeypatch, *arguments)[::2] == (
+        2,
+        "lookahead: --methods names one twice: lookahead,lookahead\n",
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -344,6 +345,15 @@ class TestFile:
         path.write_bytes(safetensors.numpy.save(tensors, meta))
         with pytest.raises(ValueError, match=r"is damaged \(its checksum is wrong\)"):
             ld.load_pool(path)
+
+    def test_weights_in_a_dtype_that_numpy_does_not_know_are_no_pool(self, tmp_path: Path) -> None:
+        safetensors.torch.save_file({"weight": torch.zeros(3, dtype=torch.bfloat16)}, tmp_path / "pool")
+        with pytest.raises(ValueError, match="is no shared pool of lookahead-decoding"):
+            ld.load_pool(tmp_path / "pool")
+
+    def test_a_missing_folder_is_named(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match="nowhere"):
+            ld.save_pool(self.pool(), tmp_path / "nowhere" / "pool")
 
     def test_a_missing_file_is_an_error_of_the_system(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError):

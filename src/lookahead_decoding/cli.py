@@ -194,7 +194,11 @@ def _shared_options(command: Callable[..., None]) -> Callable[..., None]:
 def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option(
-            "--max-new-tokens", type=click.IntRange(1), default=128, help="At most; fewer where the context ends."
+            "--max-new-tokens",
+            type=click.IntRange(1),
+            default=128,
+            show_default=True,
+            help="At most; fewer where the context ends.",
         ),
         click.option(
             "--temperature", type=click.FloatRange(0, 100), default=0.0, show_default=True, help="0 is greedy."
@@ -255,6 +259,8 @@ def generate(
     as_json: bool,
 ) -> None:
     """Continue one prompt, or every prompt of a file."""
+    if plain and config != LookaheadConfig():
+        raise Problem("--plain guesses nothing: leave out what is set for lookahead decoding")
     config = PLAIN if plain else config
     if prompt is not None and prompts is not None:
         raise Problem("--prompt and --prompts exclude each other: give one of them")
@@ -519,13 +525,17 @@ def main() -> None:
         cli.main(standalone_mode=False)
     except click.exceptions.Abort:
         sys.exit(130)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.ctx.get_help(), file=sys.stderr)
+        sys.exit(error.exit_code)
     except click.ClickException as error:
         print(f"lookahead: {first_line(Exception(error.format_message()))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
-        print(f"lookahead: {error.strerror or error}", file=sys.stderr)
+        place = f": {error.filename}" if error.filename else ""
+        print(f"lookahead: {error.strerror or error}{place}", file=sys.stderr)
         sys.exit(1)
 
 

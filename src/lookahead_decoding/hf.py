@@ -106,12 +106,14 @@ _MODEL_INPUTS = frozenset({"attention_mask", "position_ids", "past_key_values", 
 def _shared(shared: Any, config: LookaheadConfig) -> Namespace | None:
     if shared is None:
         if config.sources == ("shared",):
-            raise ValueError("sources: 'shared' alone needs a shared pool: pass shared=SharedPool().namespace(name)")
+            raise ValueError(
+                "source 'shared' alone needs a shared pool: pass shared=SharedPool().namespace(name), or --shared-pool"
+            )
         return None
     if not isinstance(shared, Namespace):
         raise TypeError(f"shared must be a namespace, SharedPool().namespace(name), got {type(shared).__name__}")
     if "shared" not in config.sources:
-        raise ValueError("a shared pool was given, and the config's sources leave out 'shared': name it there")
+        raise ValueError("a shared pool was given, and the sources leave out 'shared', as the paper's and plain do")
     return shared
 
 

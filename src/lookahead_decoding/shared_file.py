@@ -68,13 +68,15 @@ def load_pool(path: str | Path, max_bytes: int | None = None, max_age: int | Non
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
+            if metadata.get("name") != NAME:
+                raise ValueError(f"{path} is no shared pool of lookahead-decoding")
+            if metadata.get("format") != str(FORMAT):
+                raise ValueError(
+                    f"{path} has format {metadata.get('format')}, and this version reads {FORMAT}: make it anew"
+                )
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dict
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is no shared pool, or was cut short: {error}") from error
-    if metadata.get("name") != NAME:
-        raise ValueError(f"{path} is no shared pool of lookahead-decoding")
-    if metadata.get("format") != str(FORMAT):
-        raise ValueError(f"{path} has format {metadata.get('format')}, and this version reads {FORMAT}: make it anew")
     if str(_check(metadata.get("content", ""), tensors)) != metadata.get("crc32"):
         raise ValueError(f"{path} is damaged (its checksum is wrong): make it anew")
     content = json.loads(metadata["content"])

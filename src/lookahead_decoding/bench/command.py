@@ -110,6 +110,8 @@ def run(
     wanted = [name.strip().partition("@")[::2] for name in methods.split(",")]
     loaded: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = {}
     made = []
+    if len(set(wanted)) < len(wanted):
+        raise Problem(f"--methods names one twice: {methods}")
     for name, own in wanted:
         kind = own or dtype
         if kind not in DTYPES:

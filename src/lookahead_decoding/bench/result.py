@@ -124,7 +124,7 @@ class Result:
     def best_plain(self) -> str | None:
         """The fastest plain method, of any dtype."""
         plain = list(dict.fromkeys(row.method for row in self.rows if row.plain))
-        return max(plain, key=self.speed, default=None)
+        return max(plain, key=lambda method: (self.speed(method), self.speed(method, looping=True)), default=None)
 
     def ratio(self, method: str, to: str, looping: bool = False) -> tuple[float, float, float] | None:
         """Median, lower and upper quartile over the prompts of the speed of one method over another's."""
