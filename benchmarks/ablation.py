@@ -192,16 +192,19 @@ def plot(path: Path, files: list[Path]) -> None:
     """Mean acceptance length against rows, one panel per file."""
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(files), figsize=(5 * len(files), 4), sharey=True, squeeze=False)
-    for axes, file in zip(panels[0], files, strict=True):
+    across = min(3, len(files))
+    down = -(-len(files) // across)
+    figure, grid = plt.subplots(down, across, figsize=(4.5 * across, 3.6 * down), sharey=True, squeeze=False)
+    panels = [axes for line in grid for axes in line]
+    for axes, file in zip(panels, files, strict=False):
         result = json.loads(file.read_text())
         lines: dict[str, list[tuple[float, float]]] = {}
         for name, line in result["settings"].items():
             group = "paper" if name.startswith("paper") else name.partition(" @")[0]
             lines.setdefault(group, []).append((line["rows_per_step"], line["mean_acceptance_length"]))
         for group, points in lines.items():
-            style = "x" if group == "paper" else "o-"
-            axes.plot(*zip(*sorted(points), strict=True), style, label=group)
+            style = "x" if group == "paper" else "s--" if group == "without window" else "o-"  # may lie on top of all
+            axes.plot(*zip(*sorted(points), strict=True), style, label=group, markersize=4)
         if (fitted := result["paper_fit"])["alpha"]:
             sizes = [2**k for k in range(6)]
             values = [1 + (4 - sum((1 - fitted["alpha"] ** i) ** b for i in range(1, 5))) / fitted["f"] for b in sizes]
@@ -209,8 +212,8 @@ def plot(path: Path, files: list[Path]) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xlabel("rows per step")
         axes.set_title(f"{result['model']}, {result['set']}, {result['mode']}")
-    panels[0][0].set_ylabel("tokens per step")
-    panels[0][-1].legend(fontsize=7)
+    panels[0].set_ylabel("tokens per step")
+    panels[0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
