@@ -47,12 +47,16 @@ class PackedLinears:
                 del attributes["forward"]
 
 
-class _HalfPrecision:
-    """A layer's forward in bfloat16, by oneDNN."""
+class _Product:
+    """A layer's forward, with its weight laid out once it is needed."""
 
     def __init__(self, layer: nn.Linear) -> None:
         self._layer = layer
         self._packed: torch.Tensor | None = None
+
+
+class _HalfPrecision(_Product):
+    """In bfloat16, by oneDNN."""
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
         if self._packed is None:
@@ -63,12 +67,8 @@ class _HalfPrecision:
         return product
 
 
-class _SinglePrecision:
-    """A layer's forward in float32, by MKL."""
-
-    def __init__(self, layer: nn.Linear) -> None:
-        self._layer = layer
-        self._packed: torch.Tensor | None = None
+class _SinglePrecision(_Product):
+    """In float32, by MKL."""
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
         layer = self._layer

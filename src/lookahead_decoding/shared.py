@@ -15,6 +15,12 @@ from .suffix import NOWHERE, STATE_BYTES, Match, SuffixAutomaton
 CONTEXT = 16
 """Tokens of the prompt's end that are kept with an answer, so that its beginning can be found."""
 
+YOUNGER, TEXT = 3 / 8, 1 / 4
+"""Parts of a pool that one namespace may fill with the generation that learns, and with one text, which may overfill it."""
+
+OLDER = YOUNGER + TEXT
+"""And with the generation before it; both fit into the pool, so a namespace alone never has to forget."""
+
 TOKEN_BYTES = 2 * STATE_BYTES + 4
 """Memory that one more token can take."""
 
@@ -57,7 +63,7 @@ class Generation:
         for token in text:
             self.automaton.add(token)
 
-    def newest(self, max_bytes: int) -> Generation:
+    def newest(self, max_bytes: float) -> Generation:
         """Itself, or a generation of its newest texts if it takes more than so many bytes."""
         kept: Generation = self
         while kept.nbytes > max_bytes and kept.texts:
@@ -132,12 +138,12 @@ class Namespace:
         kept = list(text[max(0, start - CONTEXT) :])
         if any(not 0 <= token < self.vocab_size for token in kept):
             raise ValueError(f"namespace {self.name!r} takes token ids from 0 to {self.vocab_size - 1:,}")
-        room = self._pool.max_bytes  # a full younger generation, and an older one that its last text has overfilled
+        room = self._pool.max_bytes
         with self.lock:
             if self._closed:
                 return
-            self.younger.add(kept[-(room // 4 // TOKEN_BYTES) :])
-            if self.younger.nbytes > room * 3 // 8 or self.younger.requests >= self._pool.max_age // 2:
+            self.younger.add(kept[-int(TEXT * room / TOKEN_BYTES) :])
+            if self.younger.nbytes > YOUNGER * room or self.younger.requests >= self._pool.max_age // 2:
                 self.turn()
         self._pool.shrink(self)
 
@@ -151,7 +157,7 @@ class Namespace:
         """Take over generations that were kept elsewhere; what has no room is left out, oldest first."""
         with self.lock:
             room = self._pool.max_bytes
-            self.younger, self.older = younger.newest(room * 3 // 8), older.newest(room * 5 // 8)
+            self.younger, self.older = younger.newest(YOUNGER * room), older.newest(OLDER * room)
         self._pool.shrink(self)
 
     def forget(self) -> int:
