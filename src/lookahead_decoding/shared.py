@@ -16,7 +16,7 @@ CONTEXT = 16
 """Tokens of the prompt's end that are kept with an answer, so that its beginning can be found."""
 
 YOUNGER, TEXT = 3 / 8, 1 / 4
-"""Parts of a pool that one namespace may fill with the generation that learns, and with a text, which may overfill it."""
+"""Parts of a pool that a namespace may fill with the generation that learns, and with a text, which may overfill it."""
 
 OLDER = YOUNGER + TEXT
 """And with the generation before it; both fit into the pool, so a namespace alone never has to forget."""
