@@ -31,6 +31,7 @@ from lookahead_decoding import TokenTree, build_tree
 from lookahead_decoding.attention import encode_rows
 from lookahead_decoding.bench.result import distinct_share
 from lookahead_decoding.graphs import padded
+from lookahead_decoding.trees import TreeSteps
 
 
 def milliseconds(run: Callable[[], Any], repeats: int = 30) -> float:
@@ -105,7 +106,8 @@ def step_times(model: Any, context: int, sizes: list[int], mode: str) -> list[di
         torch.cuda.synchronize()
         first = time.perf_counter() - start
         whole = milliseconds(functools.partial(_step, target, tree))
-        room = target._room
+        assert isinstance(target.steps, TreeSteps)
+        room = target.steps.captured
         assert room is not None
         step = room.graphs._steps[1, padded(nodes)]
         captured = milliseconds(step.graph.replay) if step.graph else None

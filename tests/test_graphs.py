@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import lookahead_decoding as ld
-import lookahead_decoding.target as target_module
 from conftest import Accepted, right_and_wrong
 from lookahead_decoding.graphs import Compiled, padded
+from lookahead_decoding.memory import memory_of
 from test_exactness import CONFIGS, GREEDY, SAMPLED, WINDOW_ALONE, batch_of, prompt_of
 
 Tiny = Callable[..., torch.nn.Module]
@@ -111,7 +111,7 @@ def test_a_compiler_that_fails_costs_one_warning(monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_cannot_be_compiled_says_so(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lookahead_decoding.target.kernel_found", lambda: False)
+    monkeypatch.setattr("lookahead_decoding.trees.kernel_found", lambda: False)
     with pytest.raises(ValueError, match=r"compile='graphs' cannot be: Triton.*Leave it out"):
         ld.Target(tiny(), 20, compile="graphs")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -130,8 +130,8 @@ def test_captured_caches_do_not_pile_up(tiny: Tiny) -> None:
     model = tiny(hidden_size=64)
     for capacity in (20, 600, 1200):
         ld.Target(model, capacity, compile="graphs")
-    kept = target_module._known[model].free
-    assert [room.cache.slots.capacity for room in kept] == [1536]
+    kept = memory_of(model).free
+    assert [room.cache.capacity for room in kept] == [1536]
     for batch in range(2, 9):
         ld.Target(model, 20, batch, compile="graphs")
     assert [len(room.cache.lengths) for room in kept] == [5, 6, 7, 8]

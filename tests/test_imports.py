@@ -9,8 +9,8 @@ import lookahead_decoding
 
 LAYERS = [
     {"config", "tree", "window", "pool", "suffix", "shared", "sources", "grow", "lookahead", "budget", "stats"},
-    {"attention", "kernels", "graphs", "packed", "cache", "choose", "files", "profile", "shared_file"},
-    {"target"},
+    {"attention", "kernels", "graphs", "packed", "choose", "files", "profile", "shared_file"},
+    {"cache", "evaluate", "memory", "rope", "trees", "rows", "probe", "target"},
     {"decode", "hf", "text", "exactness"},
     {"cli", "cli_common"},
 ]

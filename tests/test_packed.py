@@ -128,7 +128,7 @@ def test_the_copies_follow_the_model(dtype: torch.dtype, tiny: Tiny) -> None:
 def test_where_nobody_says_how_a_step_runs(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     model = able(tiny(dtype=torch.bfloat16))
     assert ld.Target(model, 20).how == "packed"
-    monkeypatch.setattr("lookahead_decoding.target.PACKED_UNASKED", packed.copied_bytes(model) - 1)
+    monkeypatch.setattr("lookahead_decoding.trees.PACKED_UNASKED", packed.copied_bytes(model) - 1)
     assert ld.Target(model, 20).how == "off"
     assert ld.Target(model, 20, compile="packed").how == "packed"
     assert ld.Target(tiny(dtype=torch.float64), 20).how == "off"

@@ -6,10 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-import lookahead_decoding as ld
 from conftest import ARCHITECTURES
 from lookahead_decoding import Target, TokenTree, build_tree
-from lookahead_decoding.target import OURS, check_length
+from lookahead_decoding.evaluate import OURS
 
 PROMPT = [3, 5, 7, 11, 13]
 
@@ -73,7 +72,7 @@ def test_a_prompt_may_go_in_chunks(
     name: str, tiny: Callable[..., torch.nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny(name)
-    monkeypatch.setattr("lookahead_decoding.target.PREFILL_CHUNK", 5)
+    monkeypatch.setattr("lookahead_decoding.trees.PREFILL_CHUNK", 5)
     for lengths in ((11,), (15, 15), (13, 1, 5, 6)):  # chunks of all begin together, or do not
         prompts = [[3 + (7 * i + n) % 60 for i in range(n)] for n in lengths]
         target = Target(model, capacity=40, batch=len(prompts))
@@ -104,31 +103,18 @@ def made(name: str, **settings: object) -> torch.nn.Module:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **settings)).eval()
 
 
-@pytest.mark.parametrize(
-    ("name", "settings", "reason"),
-    [
-        ("mamba", {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}, "'mamba' cannot"),
-        ("bloom", {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "'bloom' cannot"),
-        (
-            "gpt_neo",
-            {
-                "vocab_size": 64,
-                "hidden_size": 32,
-                "num_layers": 2,
-                "num_heads": 4,
-                "attention_types": [[["global", "local"], 1]],
-            },
-            "window_size, which says",
-        ),
-    ],
-)
-def test_a_model_that_cannot_take_a_tree_is_refused_by_name(
-    name: str, settings: dict[str, object], reason: str
-) -> None:
-    model = made(name, **settings)
+def test_a_model_without_a_cache_of_text_is_refused_by_name() -> None:
+    model = made("mamba", vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4)
     for _ in range(2):  # the second time from memory
-        with pytest.raises(ValueError, match=reason):
+        with pytest.raises(ValueError, match="'mamba' cannot check candidates: its forward takes no past_key_values"):
             Target(model, capacity=40)
+
+
+def test_a_window_of_a_kind_that_is_not_known_allows_no_tree() -> None:
+    settings = {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 600}
+    target = Target(made("gpt_neo", vocab_size=64, hidden_size=32, **settings), capacity=40)
+    assert target.strategy.name == "chain"
+    assert "window_size, which says" in target.strategy.reasons[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -136,10 +122,10 @@ def test_a_model_that_cannot_take_a_tree_is_refused_by_name(
 def test_half_precision_hides_no_model_that_cannot_take_a_tree(dtype: torch.dtype, scale: float) -> None:
     """MPT biases attention by slot, so that a node's bias is not its path's."""
     settings = {"vocab_size": 64, "d_model": 32, "n_heads": 4, "n_layers": 2, "initializer_range": scale}
-    with pytest.raises(ValueError, match="'mpt' cannot take a token tree"):
-        Target(made("mpt", **settings).to(dtype), capacity=40)
+    assert Target(made("mpt", **settings).to(dtype), capacity=40).strategy.name == "chain"
     llama = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    Target(made("llama", **llama, num_attention_heads=4, initializer_range=scale).to(dtype), capacity=40)
+    model = made("llama", **llama, num_attention_heads=4, initializer_range=scale).to(dtype)
+    assert Target(model, capacity=40).strategy.name == "tree"
 
 
 def test_a_model_in_training_mode_is_not_condemned_for_good() -> None:
@@ -151,31 +137,8 @@ def test_a_model_in_training_mode_is_not_condemned_for_good() -> None:
 
 def test_an_encoder_decoder_is_refused() -> None:
     config = AutoConfig.for_model("t5", vocab_size=64, d_model=32, d_ff=48, num_layers=1, num_heads=2, d_kv=16)
-    with pytest.raises(ValueError, match="'t5' cannot take a token tree: it is an encoder-decoder"):
+    with pytest.raises(ValueError, match="'t5' cannot check candidates: it is an encoder-decoder"):
         Target(AutoModelForSeq2SeqLM.from_config(config), capacity=40)
-
-
-def test_an_attention_that_takes_no_mask_is_refused_with_its_remedy(tiny: Callable[..., torch.nn.Module]) -> None:
-    model = made("llama", vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1)
-    model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
-        Target(model, capacity=40)
-
-
-def test_a_rotary_scaling_that_changes_with_length_is_refused_past_its_switch(
-    tiny: Callable[..., torch.nn.Module],
-) -> None:
-    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    model = made(
-        "llama", vocab_size=64, hidden_size=32, num_hidden_layers=1, rope_parameters=rope, max_position_embeddings=64
-    )
-    check_length(model, 64)
-    with pytest.raises(ValueError, match="dynamic rotary scaling changes past 64 tokens"):
-        check_length(model, 65)
-    ids = torch.ones(1, 60, dtype=torch.long)
-    assert ld.generate(model, ids, max_new_tokens=4, eos_token_id=None).shape == (1, 64)
-    with pytest.raises(ValueError, match="can reach 65"):
-        ld.generate(model, ids, max_new_tokens=5)
 
 
 def test_our_attention_is_used_where_it_is_exact_and_only_during_our_steps(
@@ -193,10 +156,21 @@ def test_our_attention_is_used_where_it_is_exact_and_only_during_our_steps(
 
 
 def test_the_probe_notices_a_model_that_ignores_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = made(
-        "llama", vocab_size=64, hidden_size=32, num_hidden_layers=2, intermediate_size=48, initializer_range=0.5
-    )
+    settings = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
+    model = made("llama", **settings, initializer_range=0.5)
     forward = model.model.forward
     monkeypatch.setattr(model.model, "forward", lambda *a, **k: forward(*a, **{**k, "attention_mask": None}))
-    with pytest.raises(ValueError, match="a branch of a small tree gives other logits"):
+    target = Target(model, capacity=40)
+    assert target.strategy.name == "chain"
+    assert "a candidate beside others" in target.strategy.reasons[-1]
+
+
+def test_the_probe_notices_a_model_whose_rows_depend_on_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where activations are quantised by one scale for all rows: nothing but one token at a time is exact then."""
+    settings = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
+    model = made("llama", **settings, initializer_range=0.5)
+    layer = model.model.layers[0].mlp
+    forward = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda x: forward((x / x.abs().max() * 7).round() * x.abs().max() / 7))
+    with pytest.raises(ValueError, match="several tokens in one forward have other logits than one at a time"):
         Target(model, capacity=40)

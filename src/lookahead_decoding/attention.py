@@ -20,28 +20,37 @@ LENGTH, DEPTH, WINDOW, SEEN = range(4)
 
 
 def encode_rows(
-    trees: Sequence[TokenTree | None], lengths: Sequence[int], nodes: int, window: int | None = None
+    trees: Sequence[TokenTree | None],
+    lengths: Sequence[int],
+    nodes: int,
+    window: int | None = None,
+    chunked: bool = False,
+    starts: Sequence[int] | None = None,
 ) -> np.ndarray:
     """What each node of a step sees, as integers whose shape does not depend on the context.
 
     Args:
         trees: one per sequence; None where the sequence has ended.
-        lengths: committed tokens per sequence; node j of its tree stands in slot length + j.
+        lengths: committed tokens per sequence that have a slot; node j of its tree stands in slot length + j.
         nodes: rows of every sequence in this step; those past the end of a tree are padding and see the committed
             slots and themselves.
         window: how many positions back a node sees, itself included; None is all of them.
+        chunked: a node sees back to the last multiple of `window` instead.
+        starts: position of the first slot per sequence; 0 by default.
 
     Returns:
         (batch, 1, nodes, 3 + nodes) int32: length, depth, window, and a 1 for every node that is seen.
     """
     rows = np.zeros((len(trees), 1, nodes, SEEN + nodes), dtype=np.int32)
     rows[..., WINDOW] = window or NO_WINDOW
-    for row, tree, length in zip(rows[:, 0], trees, lengths, strict=True):
+    for b, (row, tree, length) in enumerate(zip(rows[:, 0], trees, lengths, strict=True)):
         row[:, LENGTH] = length
         seen = row[:, SEEN:]
         np.fill_diagonal(seen, 1)
         if tree is not None:
             row[: len(tree), DEPTH] = tree.depths
+            if window and chunked:
+                row[:, WINDOW] = (row[:, DEPTH] + length + (starts[b] if starts else 0)) % window + 1
             for node, parent in enumerate(tree.parents[1:], 1):
                 seen[node, :node] = seen[parent, :node]
     return rows
@@ -62,13 +71,13 @@ def dense_mask(rows: np.ndarray, dtype: torch.dtype, groups: int = 1) -> torch.T
     slots = int(rows[..., LENGTH].max()) + nodes
     hidden = np.ones((batch, nodes, slots), dtype=bool)
     for b, row in enumerate(rows[:, 0]):
-        length, window = row[0, LENGTH], row[0, WINDOW]
+        length, window = row[0, LENGTH], row[:, WINDOW]
         hidden[b, :, :length] = False
         hidden[b, :, length : length + nodes] = row[:, SEEN:] == 0
-        if window < NO_WINDOW:
+        if window[0] < NO_WINDOW:
             position = np.arange(slots)
             position[length : length + nodes] = length + row[:, DEPTH]
-            hidden[b] |= (length + row[:, DEPTH])[:, None] - position >= window
+            hidden[b] |= (length + row[:, DEPTH])[:, None] - position >= window[:, None]
     folded = torch.from_numpy(np.tile(hidden, (1, groups, 1))[:, None])
     return torch.zeros(folded.shape, dtype=dtype).masked_fill_(folded, torch.finfo(dtype).min)
 
@@ -145,7 +154,7 @@ def folded(
         out = _weighed(rows, key, value, mask, scale, softcap, ends)
     else:
         out = torch.nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
-    return out.reshape(batch, heads, nodes, -1).transpose(1, 2)
+    return out.reshape(batch, heads, nodes, -1).transpose(1, 2).contiguous()  # some models take a view of it
 
 
 def attend(

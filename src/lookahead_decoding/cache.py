@@ -1,38 +1,70 @@
-"""Keys and values of a batch whose sequences grow by different amounts.
+"""Keys and values of a batch whose sequences grow by different amounts, and the states of recurrent layers.
 
-Every layer's buffers are allocated once, for the length that the request can reach plus one tree. A step writes its
-rows behind each sequence's committed tokens, and `commit` moves the accepted rows to the front of them. Nothing
-is concatenated, and no cost grows with the context.
+Every attention layer's buffers are allocated once, for the length that the request can reach plus one tree; those of a
+layer with a window for the window, some slack and one tree. A step writes its rows behind each sequence's committed
+tokens, and `commit` moves the accepted rows to the front of them. Nothing is concatenated, and no cost grows with the
+context.
 
-Sequences are stored without their left padding: slot and position are the same number.
+Sequences are stored without their left padding: slot and position are the same number, or differ by what a window has
+left behind.
+
+Recurrent layers keep transformers' own cache layers. Their states cannot be cut back; `save` and `restore` copy them.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, LinearAttentionLayer
+
+ROOM = 512
+"""Rows of a forward that layers with a window keep room for, beside the window."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """How far back the rows of a layer see.
+
+    Attributes:
+        window: positions, their own included; None is all of them.
+        chunked: the positions are those since the last multiple of `window`, and not the last ones.
+    """
+
+    window: int | None = None
+    chunked: bool = False
 
 
 class Slots:
-    """Where this step's rows go, and the buffers they go to: shared by all layers.
+    """Where a step's rows go, and the buffers they go to: shared by all layers of one window.
 
     Attributes:
         lengths: committed tokens of each sequence.
+        starts: position of the first slot of each sequence; 0 without a window.
         capacity: slots per sequence.
+        window: positions that are kept at least.
+        rows: the sequences of this forward; None is all of them.
         index: in a compiled step, the slot of every row, (batch, rows); otherwise None.
         stacks: buffers of layers of one shape, (layers, batch, key heads, capacity, size).
     """
 
-    def __init__(self, layers: int, batch: int, capacity: int) -> None:
-        self.lengths = [0] * batch
+    def __init__(self, lengths: list[int], capacity: int, window: int | None = None) -> None:
+        self.lengths = lengths
+        self.starts = [0] * len(lengths)
         self.capacity = capacity
+        self.window = window
+        self.rows: slice | None = None
         self.index: torch.Tensor | None = None
         self.stacks: list[torch.Tensor] = []
-        self._layers = layers
+        self._layers = 0
         self._free: dict[str, Iterator[torch.Tensor]] = {}
+
+    def expect(self) -> None:
+        """One more layer will take a buffer of each kind."""
+        self._layers += 1
 
     def take(self, kind: str, like: torch.Tensor) -> torch.Tensor:
         """A layer's buffer of a kind ("keys" or "values") for rows like these.
@@ -40,8 +72,8 @@ class Slots:
         Layers of one shape lie in one stack, so that one copy serves them all; the first layer says which shape that
         is, and a layer of another gets a buffer of its own.
         """
-        batch, heads, _, size = like.shape
-        shape = (batch, heads, self.capacity, size)
+        heads, size = like.shape[1], like.shape[3]
+        shape = (len(self.lengths), heads, self.capacity, size)
         if kind not in self._free:
             self.stacks.append(like.new_zeros(self._layers, *shape))
             self._free[kind] = iter(self.stacks[-1])
@@ -52,23 +84,57 @@ class Slots:
         return own
 
     @property
+    def held(self) -> list[int]:
+        """Committed tokens of each sequence that are still in their slots."""
+        return [length - start for length, start in zip(self.lengths, self.starts, strict=True)]
+
+    @property
     def longest(self) -> int:
-        return max(self.lengths)
+        """The most of `held`, of the sequences of this forward."""
+        return max(self.held[self.rows] if self.rows else self.held)
 
     @property
     def level(self) -> bool:
-        """Whether all sequences are equally long."""
-        return self.lengths.count(self.lengths[0]) == len(self.lengths)
+        """Whether all sequences of this forward are equally long."""
+        held = self.held[self.rows] if self.rows else self.held
+        return held.count(held[0]) == len(held)
+
+    def make_room(self, rows: int) -> None:
+        """Let go of what has left the window, for sequences that have no slots left for so many rows."""
+        if self.window is None:
+            return
+        for b, held in enumerate(self.held):
+            if held + rows > self.capacity:
+                left = held - (self.window - 1)
+                for stack in self.stacks:
+                    stack[:, b, :, : self.window - 1] = stack[:, b, :, left:held].clone()
+                self.starts[b] += left
+
+    def keep(self, sequence: int, path: Sequence[int]) -> None:
+        """Move the rows of a path to the front of the step's rows."""
+        if list(path) == list(range(len(path))):
+            return
+        held = self.lengths[sequence] - self.starts[sequence]
+        nodes = torch.tensor(path) + held
+        for stack in self.stacks:
+            kept = stack[:, sequence].index_select(2, nodes.to(stack.device, non_blocking=True))
+            stack[:, sequence, :, held : held + len(path)] = kept
+
+    def spread(self, row: int, rows: int) -> None:
+        """Give every sequence the first `rows` rows of the step that one of them has."""
+        held = self.held[row]
+        for stack in self.stacks:
+            stack[:, :, :, held : held + rows] = stack[:, row : row + 1, :, held : held + rows].clone()
 
 
 class TreeCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not typed
     """One layer's keys and values, (batch, key heads, capacity, head size) each."""
 
-    is_sliding = False
-
     def __init__(self, slots: Slots) -> None:
         super().__init__()
         self.slots = slots
+        self.is_sliding = slots.window is not None
+        slots.expect()
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -84,49 +150,134 @@ class TreeCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is 
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if self.slots.index is not None:
-            sequence = torch.arange(len(key_states), device=key_states.device)[:, None]
-            self.keys[sequence, :, self.slots.index] = key_states.transpose(1, 2)
-            self.values[sequence, :, self.slots.index] = value_states.transpose(1, 2)
-            return self.keys, self.values
-        rows = key_states.shape[2]
-        end = self.slots.longest + rows
-        if self.slots.level:
-            self.keys[:, :, end - rows : end] = key_states
-            self.values[:, :, end - rows : end] = value_states
-            return self.keys[:, :, :end], self.values[:, :, :end]
-        for b, length in enumerate(self.slots.lengths):
-            self.keys[b, :, length : length + rows] = key_states[b]
-            self.values[b, :, length : length + rows] = value_states[b]
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return _written(self.slots, self.keys, key_states), _written(self.slots, self.values, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.slots.longest + query_length, 0
+        return self.slots.longest + query_length, self.slots.starts[0]
 
     def get_seq_length(self) -> int:
-        return self.slots.longest
+        return max(self.slots.lengths)
 
     def get_max_length(self) -> int:
         return self.slots.capacity
+
+
+def _written(slots: Slots, buffer: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """Write the step's rows into a buffer, and return its slots in use."""
+    if slots.index is not None:
+        sequence = torch.arange(len(states), device=states.device)[:, None]
+        buffer[sequence, :, slots.index] = states.transpose(1, 2)
+        return buffer
+    if slots.rows is not None:
+        buffer = buffer[slots.rows]
+    rows = states.shape[2]
+    end = slots.longest + rows
+    if slots.level:
+        buffer[:, :, end - rows : end] = states
+        return buffer[:, :, :end]
+    for b, held in enumerate(slots.held):
+        buffer[b, :, held : held + rows] = states[b]
+    return buffer[:, :, :end]
+
+
+class IndexedTreeCacheLayer(TreeCacheLayer):
+    """A layer of indexed sparse attention, which keeps a key per position for its indexer as well."""
+
+    def update_indexer(self, states: torch.Tensor) -> torch.Tensor:
+        """Write the indexer's keys of the step, (batch, rows, size), and return all slots in use."""
+        if not hasattr(self, "indexer"):
+            self.indexer = self.slots.take("indexer", states[:, None])
+        return _written(self.slots, self.indexer, states[:, None])[:, 0]
+
+
+class HybridTreeCacheLayer(TreeCacheLayer, LinearAttentionLayer):  # type: ignore[misc]
+    """A layer with a recurrent state beside its keys and values."""
+
+    def __init__(self, slots: Slots, number_of_states: int) -> None:
+        TreeCacheLayer.__init__(self, slots)
+        LinearAttentionLayer.__init__(self, number_of_states)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        half: Any = TreeCacheLayer if args else LinearAttentionLayer
+        half.lazy_initialization(self, *args, **kwargs)
 
 
 class TreeCache(Cache):  # type: ignore[misc]
     """The cache that the target hands to the model.
 
     Args:
-        layers: layers of the model.
+        config: of the text model.
         batch: sequences.
         capacity: slots per sequence: its final length plus one tree.
+        room: rows of the largest forward, for layers with a window.
+        copies: keep transformers' own layers, as if all were recurrent.
+
+    Attributes:
+        lengths: committed tokens of each sequence.
+        kinds: of layers that attend, by the name that the model's masks go by, each with its span.
+        stateful: layers whose state cannot be cut back.
     """
 
-    def __init__(self, layers: int, batch: int, capacity: int) -> None:
-        self.slots = Slots(layers, batch, capacity)
-        super().__init__(layers=[TreeCacheLayer(self.slots) for _ in range(layers)])
+    def __init__(self, config: Any, batch: int, capacity: int, room: int = ROOM, copies: bool = False) -> None:
+        self.lengths = [0] * batch
+        self.capacity = capacity
+        self.room = room
+        self._slots: dict[int | None, Slots] = {}
+        stock = DynamicCache(config=config).layers
+        super().__init__(layers=stock if copies else [self._layer(layer) for layer in stock])
+        self.kinds = kinds_of(config, stock)
+        self.stateful = [layer for layer in self.layers if not _is_sliced(layer)]
+
+    def _layer(self, stock: Any) -> Any:
+        """A layer of ours that does what a layer of transformers does; that layer itself where it is recurrent."""
+        window = getattr(stock, "sliding_window", None)
+        kind = type(stock).__name__
+        if kind in ("DynamicLayer", "DynamicSlidingWindowLayer"):
+            return TreeCacheLayer(self.slots(window))
+        if kind == "DynamicIndexedLayer":
+            return IndexedTreeCacheLayer(self.slots(None))
+        if kind.startswith("LinearAttentionAnd"):
+            return HybridTreeCacheLayer(self.slots(window), stock.number_of_states)
+        return stock
+
+    def slots(self, window: int | None) -> Slots:
+        """The slots of all layers with a window."""
+        if window not in self._slots:
+            capacity = self.capacity
+            if window is not None:
+                capacity = min(capacity, window - 1 + max(self.room, window // 4))
+            self._slots[window] = Slots(self.lengths, capacity, window if capacity < self.capacity else None)
+        return self._slots[window]
 
     @property
-    def lengths(self) -> list[int]:
-        """Committed tokens of each sequence."""
-        return self.slots.lengths
+    def all_slots(self) -> list[Slots]:
+        return list(self._slots.values())
+
+    @property
+    def chunk(self) -> int:
+        """Rows of the largest forward that all layers have room for."""
+        return min([self.room for slots in self.all_slots if slots.window is not None], default=self.capacity)
+
+    @property
+    def level(self) -> bool:
+        """Whether all sequences are equally long."""
+        return self.lengths.count(self.lengths[0]) == len(self.lengths)
+
+    def clear(self) -> None:
+        """Forget what is committed."""
+        self.lengths[:] = [0] * len(self.lengths)
+        for slots in self._slots.values():
+            slots.starts[:] = self.lengths
+
+    def make_room(self, rows: int) -> None:
+        """To be called before each forward of so many rows."""
+        for slots in self._slots.values():
+            slots.make_room(rows)
+
+    def take_rows(self, rows: slice | None) -> None:
+        """The sequences of the next forwards; None is all of them."""
+        for slots in self._slots.values():
+            slots.rows = rows
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """Keep the keys and values of each sequence's path, root first, and drop the rest of the step.
@@ -134,60 +285,154 @@ class TreeCache(Cache):  # type: ignore[misc]
         An empty path keeps nothing, for a sequence that has ended.
         """
         for sequence, path in enumerate(paths):
-            length = self.lengths[sequence]
-            if list(path) != list(range(len(path))):
-                nodes = torch.tensor(path) + length
-                for stack in self.slots.stacks:
-                    kept = stack[:, sequence].index_select(2, nodes.to(stack.device, non_blocking=True))
-                    stack[:, sequence, :, length : length + len(path)] = kept
-            self.slots.lengths[sequence] += len(path)
+            for slots in self._slots.values():
+                slots.keep(sequence, path)
+            self.lengths[sequence] += len(path)
+
+    def spread(self, row: int, rows: int) -> None:
+        """Commit the first `rows` rows of one sequence's step for all sequences."""
+        if len(self.lengths) > 1:
+            for slots in self._slots.values():
+                slots.spread(row, rows)
+        self.lengths[:] = [length + rows for length in self.lengths]
+
+    def save(self) -> list[dict[str, Any]]:
+        """A copy of the states of recurrent layers."""
+        return [copy.deepcopy(_state(layer)) for layer in self.stateful]
+
+    def restore(self, states: Sequence[dict[str, Any]]) -> None:
+        """Put saved states back."""
+        for layer, state in zip(self.stateful, states, strict=True):
+            vars(layer).update(copy.deepcopy(state))
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Let the states of recurrent layers be those of these sequences, in this order."""
+        index = torch.tensor(rows)
+        for layer in self.stateful:
+            if isinstance(layer, HybridTreeCacheLayer):
+                LinearAttentionLayer.reorder_cache(layer, index)
+            else:
+                layer.reorder_cache(index)
 
     def load(self, past: Cache, rows: Sequence[Sequence[int]]) -> None:
-        """Take over the keys and values of another cache.
+        """Take over the keys, values and states of another cache.
 
         Args:
             past: a cache as `generate` leaves it; a layer that kept its last positions only is placed at its end.
-            rows: for each sequence, the slots of `past` that hold its tokens, padding left out.
+            rows: for each sequence, the slots of `past` that hold its tokens, padding left out. If there are more than
+                sequences in `past`, that one is held several times.
         """
+        self.lengths[:] = [len(slots) for slots in rows]
+        for window, slots in self._slots.items():
+            slots.starts[:] = [max(0, n - window) if slots.window and window else 0 for n in self.lengths]
         for layer, other in zip(self.layers, past.layers, strict=True):
-            if not other.is_initialized:
+            if layer in self.stateful:
+                vars(layer).update(copy.deepcopy(_state(other)))
+            if not isinstance(layer, TreeCacheLayer) or not other.is_initialized:
                 continue
-            layer.lazy_initialization(other.keys, other.values)
+            if not layer.is_initialized:
+                layer.lazy_initialization(other.keys, other.values)
             missing = other.get_seq_length() - other.keys.shape[2]
-            for b, slots in enumerate(rows):
-                kept = [s for s in slots if s >= missing]
-                source = torch.tensor(kept, dtype=torch.long, device=layer.keys.device) - missing
-                target = slice(len(slots) - len(kept), len(slots))
-                layer.keys[b, :, target] = other.keys[b][:, source]
-                layer.values[b, :, target] = other.values[b][:, source]
-        self.slots.lengths[:] = [len(slots) for slots in rows]
+            indexer = getattr(other, "indexer_keys", None)
+            if indexer is not None and not hasattr(layer, "indexer"):
+                layer.indexer = layer.slots.take("indexer", indexer[:, None])
+            for b, sources in enumerate(rows):
+                first = max(missing - (sources[0] if sources else 0), layer.slots.starts[b])
+                source = torch.tensor(sources[first:], dtype=torch.long, device=layer.keys.device) - missing
+                target = slice(first - layer.slots.starts[b], len(sources) - layer.slots.starts[b])
+                layer.keys[b, :, target] = other.keys[b % len(other.keys)][:, source]
+                layer.values[b, :, target] = other.values[b % len(other.keys)][:, source]
+                if indexer is not None:
+                    layer.indexer[b, 0, target] = indexer[b % len(indexer)][source]
 
     def store(self, past: Cache, starts: Sequence[int], share: bool = True) -> None:
         """Write everything committed into another cache, as `generate` would have left it.
 
         Args:
             past: a dynamic cache of the same model.
-            starts: left padding of each sequence, whose slots of `past` hold zeros. A single sequence without padding
-                is handed over without a copy if `share`.
+            starts: left padding of each sequence, whose slots of `past` hold zeros; as many of the first sequences are
+                written. A single one without padding is handed over without a copy if `share`.
             share: nobody writes into this cache any more.
         """
         if len(past.layers) < len(self.layers):  # a cache without a configuration makes its layers as they come
             past.layers += [DynamicLayer() for _ in range(len(self.layers) - len(past.layers))]
-        length = max(start + own for start, own in zip(starts, self.lengths, strict=True))
+        length = max(start + own for start, own in zip(starts, self.lengths, strict=False))
         for layer, other in zip(self.layers, past.layers, strict=True):
+            if layer in self.stateful:
+                vars(other).update(copy.deepcopy(_state(layer)))
+            if not isinstance(layer, TreeCacheLayer) or not layer.is_initialized:
+                continue
             first = max(0, length - other.sliding_window + 1) if getattr(other, "is_sliding", False) else 0
             if not other.is_initialized:
-                other.lazy_initialization(layer.keys, layer.values)
-            other.keys = self._padded(layer.keys, starts, length, share)[:, :, first:]
-            other.values = self._padded(layer.values, starts, length, share)[:, :, first:]
+                DynamicLayer.lazy_initialization(other, layer.keys, layer.values)
+            other.keys = self._padded(layer.slots, layer.keys, starts, first, length, share)
+            other.values = self._padded(layer.slots, layer.values, starts, first, length, share)
+            if hasattr(layer, "indexer"):
+                other.lazy_initialization_indexer(layer.indexer[:, 0])
+                other.indexer_keys = self._padded(layer.slots, layer.indexer, starts, first, length, share)[:, 0]
             if hasattr(other, "cumulative_length"):
                 other.cumulative_length = length
 
-    def _padded(self, buffer: torch.Tensor, starts: Sequence[int], length: int, share: bool) -> torch.Tensor:
+    def _padded(
+        self, slots: Slots, buffer: torch.Tensor, starts: Sequence[int], first: int, length: int, share: bool
+    ) -> torch.Tensor:
+        """Positions from `first` to `length`, with left padding."""
         if share and len(starts) == 1 and not starts[0]:
-            return buffer[:, :, :length]
-        batch, heads, _, size = buffer.shape
-        padded = buffer.new_zeros(batch, heads, length, size)
-        for b, (start, own) in enumerate(zip(starts, self.lengths, strict=True)):
-            padded[b, :, start : start + own] = buffer[b, :, :own]
+            return buffer[:1, :, first - slots.starts[0] : length - slots.starts[0]]
+        _, heads, _, size = buffer.shape
+        padded = buffer.new_zeros(len(starts), heads, length - first, size)
+        for b, (start, own) in enumerate(zip(starts, self.lengths, strict=False)):
+            begin = max(first - start, slots.starts[b])
+            held = buffer[b, :, begin - slots.starts[b] : own - slots.starts[b]]
+            padded[b, :, start + begin - first : start + own - first] = held
         return padded
+
+
+def kinds_of(config: Any, stock: Sequence[Any]) -> dict[str, Span]:
+    """The kinds of layers that attend, by the names that masks go by in transformers, with their spans.
+
+    Args:
+        config: of the text model.
+        stock: the layers of its dynamic cache.
+    """
+    types = getattr(config, "layer_types", None)
+    if not types:
+        windowed = "sliding_attention" if getattr(config, "sliding_window", None) else "chunked_attention"
+        windows = {getattr(layer, "sliding_window", None) for layer in stock}
+        types = [windowed if window else "full_attention" for window in windows]
+    kinds = {}
+    for kind in sorted(set(types)):
+        if kind in ("full_attention", "indexed_attention"):
+            kinds[kind] = Span()
+        elif kind == "sliding_attention":
+            kinds[kind] = Span(config.sliding_window)
+        elif kind == "chunked_attention":
+            kinds[kind] = Span(config.attention_chunk_size, chunked=True)
+    return kinds
+
+
+def is_dummy(layer: Any) -> bool:
+    """Whether a layer keeps nothing: it has no attention, or uses another layer's keys and values."""
+    return type(layer).__name__ == "DummyLayer"  # not in every supported version
+
+
+def _is_sliced(layer: Any) -> bool:
+    """Whether a layer's cache is nothing but slots of ours, or nothing at all."""
+    return (isinstance(layer, TreeCacheLayer) and not isinstance(layer, HybridTreeCacheLayer)) or is_dummy(layer)
+
+
+STATE = {
+    "conv_states",
+    "recurrent_states",
+    "has_previous_state",
+    "conv_kernel_size",
+    "is_conv_states_initialized",
+    "is_recurrent_states_initialized",
+}
+"""What the recurrent half of a layer keeps."""
+
+
+def _state(layer: Any) -> dict[str, Any]:
+    """What a layer keeps besides slots of ours."""
+    both = hasattr(layer, "conv_states") and isinstance(layer, CacheLayerMixin)
+    return {name: value for name, value in vars(layer).items() if not both or name in STATE}

@@ -41,8 +41,8 @@ from .config import MAX_ROWS, PLAIN, SOURCES, LookaheadConfig
 from .exactness import compare
 from .hf import LookaheadDecoding, Run, call_generate, context_of
 from .shared import Namespace
-from .target import COMPILE
 from .text import Detokenizer, decode_text, stream
+from .trees import COMPILE
 
 DEMO_PROMPTS = (
     'def has_close_elements(numbers, threshold):\n    """Check if any two numbers are closer than the threshold."""\n',

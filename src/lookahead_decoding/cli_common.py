@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from . import pocket_path
 from .config import SOURCES, LookaheadConfig
 from .hf import context_of
+from .probe import probe
 from .shared import Namespace, SharedPool
 from .shared_file import load_pool, save_pool
-from .target import probe
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 

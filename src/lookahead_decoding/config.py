@@ -29,6 +29,8 @@ class LookaheadConfig:
             pool, "shared". None at all is plain decoding.
         max_rows: nodes of one sequence's tree at most, root and window included; left out, 64, and a window of a fixed
             size comes on top. A fixed window must fit.
+        max_paths: candidates of one sequence's tree at most, window left out; those with a common beginning count each.
+            1 is a chain. Left out, as many as the rows allow and the model can check (see `Target`).
         step_times: t(n) as pairs of rows and time, in any unit, between which lines are drawn; one pair says that rows
             cost nothing. Left out, times are measured. The tokens do not depend on them, only the trees do.
         adaptive: False is the paper's algorithm, with all three sizes given: a fixed window, n-grams of the
@@ -45,6 +47,7 @@ class LookaheadConfig:
     verification_set_size: int | None = None
     sources: tuple[str, ...] = SOURCES
     max_rows: int | None = None
+    max_paths: int | None = None
     step_times: tuple[tuple[int, float], ...] | None = None
     adaptive: bool = True
     window_seed: int = 0
@@ -81,7 +84,7 @@ class LookaheadConfig:
         raise TypeError("custom_generate takes a LookaheadDecoding: pass LookaheadDecoding(config)")
 
     def __post_init__(self) -> None:
-        least = {"window_size": 1, "ngram_size": 2, "verification_set_size": 0, "max_rows": 1}
+        least = {"window_size": 1, "ngram_size": 2, "verification_set_size": 0, "max_rows": 1, "max_paths": 1}
         for name in (*least, "window_seed"):
             value = getattr(self, name)
             if (not isinstance(value, int) or isinstance(value, bool)) and not (value is None and name in least):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from time import perf_counter
+from typing import Any
 
 from .budget import Budget
 from .choose import Sampler, choose
@@ -49,7 +50,11 @@ def _timed(stats: Stats, phase: str) -> Iterator[None]:
 
 
 def decode(
-    target: Target, requests: Sequence[Request], config: LookaheadConfig, stats: Stats
+    target: Target,
+    requests: Sequence[Request],
+    config: LookaheadConfig,
+    stats: Stats,
+    inputs: Mapping[str, Any] | None = None,
 ) -> Iterator[list[Choice | None]]:
     """Lookahead decoding: a generator of steps, each with what every sequence got from it.
 
@@ -60,11 +65,16 @@ def decode(
         requests: one per sequence of the target.
         config: the sources, and what is fixed.
         stats: counts, updated before each step is given out.
+        inputs: of the model's own, such as images, that belong to the prompts.
 
     Raises:
-        ValueError: the target has no room for a request, or a shared namespace is for another model or not among the
-            sources.
+        ValueError: the target has no room for a request or no place for a window that the config asks for, or a shared
+            namespace is for another model or not among the sources.
     """
+    if target.plain and (config.sources or any(r.propose for r in requests)):
+        yield from autoregressive(target, requests, config, stats, inputs)
+        return
+    config = target.fit(config)
     for request, length in zip(requests, target.lengths, strict=True):
         needed = length + request.limit - request.cached + max_rows(config, own_source=request.propose is not None)
         if needed > target.capacity:
@@ -80,6 +90,7 @@ def decode(
             stop_ids=r.barred,
             propose=r.propose,
             shared=r.shared,
+            reach=target.reach,
             counts=stats.sources,
         )
         for r in requests
@@ -88,7 +99,7 @@ def decode(
     samplers = [r.sampler for r in requests]
     trees: list[TokenTree | None] = [SINGLE] * len(requests)
     with _timed(stats, "prefill"):
-        logits = target.prefill([r.prompt[r.cached :] for r in requests])
+        logits = target.prefill([r.prompt[r.cached :] for r in requests], inputs)
     while True:
         with _timed(stats, "choose"):
             choices = choose(logits, trees, samplers, ranks=budget.ranks)
@@ -111,8 +122,12 @@ def decode(
 
 
 def autoregressive(
-    target: Target, requests: Sequence[Request], config: LookaheadConfig, stats: Stats
+    target: Target,
+    requests: Sequence[Request],
+    config: LookaheadConfig,
+    stats: Stats,
+    inputs: Mapping[str, Any] | None = None,
 ) -> Iterator[list[Choice | None]]:
     """Plain decoding, with the signature of `decode`: every step is the current token alone."""
     plain = [replace(r, propose=None, shared=None) for r in requests]
-    return decode(target, plain, replace(config, sources=()), stats)
+    return decode(target, plain, replace(config, sources=()), stats, inputs)

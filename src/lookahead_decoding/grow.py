@@ -24,6 +24,7 @@ class GrowingTree:
         acceptance: the chance of a draft by its evidence.
         max_depth: no node stands deeper.
         floor: drafts whose chance is not above this are left out.
+        max_paths: candidates at most; None is any number.
 
     Attributes:
         tokens, parents: of all nodes so far, as in a `TokenTree`.
@@ -40,12 +41,15 @@ class GrowingTree:
         acceptance: Acceptance,
         max_depth: int,
         floor: float = 0.0,
+        max_paths: int | None = None,
     ) -> None:
         self._start = start
         self._sources = sources
         self._means, self._assume = acceptance.means, acceptance.assume
         self._max_depth = max_depth
         self._floor = floor
+        self._paths_left = max_paths
+        self._continued = {0}  # nodes a further child of which begins a new path
         self.tokens = list(start.tokens)
         self.parents = list(start.parents)
         self._heap: list[tuple[float, int, int, int, int]] = []  # -chance, age, parent, token, evidence
@@ -69,6 +73,8 @@ class GrowingTree:
         """Grow to so many nodes, as far as there are candidates; returns the expected tokens."""
         while self._heap and len(self.tokens) < rows:
             chance, _, parent, token, evidence = heappop(self._heap)
+            if self._paths_left is not None and not self._may_stand(parent):
+                continue
             depth, _, states = self._nodes[parent]
             node = len(self.tokens)
             self.tokens.append(token)
@@ -78,6 +84,15 @@ class GrowingTree:
             below = [source.follow(state, token) for source, state in zip(self._sources, states, strict=True)]
             self._ask(node, depth + 1, -chance, below)
         return self.expected[-1]
+
+    def _may_stand(self, parent: int) -> bool:
+        """Whether there is a path left for one more node; if so it is taken."""
+        if parent in self._continued:
+            if not self._paths_left:
+                return False
+            self._paths_left -= 1
+        self._continued.add(parent)
+        return True
 
     def _ask(self, node: int, depth: int, chance: float, states: list[Any]) -> None:
         found: dict[int, int] = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,15 +32,19 @@ from transformers.generation.logits_process import (
     RepetitionPenaltyLogitsProcessor,
 )
 from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
 from .choose import Sampler
 from .config import LookaheadConfig
 from .decode import Request, decode
+from .evaluate import text_config
 from .lookahead import Choice, max_rows
+from .probe import probe
+from .rope import switch_of
 from .shared import Namespace
 from .sources import Propose
 from .stats import Stats
-from .target import Target, check_length, probe
+from .target import Target
 
 # What we do with each field of GenerationConfig. "honoured": exactly as `generate` does. "engine": it chooses how
 # plain decoding runs, not what it says; ours replaces a default of the model's files, and what a caller asks for is
@@ -101,6 +105,15 @@ GENERATE_PARAMETERS: dict[str, str] = {
 }
 # What the loop takes of a model's own inputs.
 _MODEL_INPUTS = frozenset({"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"})
+# What belongs to the prompt alone: images, sounds and where they stand.
+_PROMPT_INPUTS = frozenset(MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL) | {
+    "image_grid_thw",
+    "video_grid_thw",
+    "second_per_grid_ts",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "moe_mm_token_type_ids",
+}
 
 
 def _shared(shared: Any, config: LookaheadConfig) -> Namespace | None:
@@ -124,6 +137,11 @@ def _seeds(seeds: Any) -> list[int] | None:
         return [operator.index(seed) for seed in seeds]
     except TypeError:
         raise TypeError(f"seeds must be integers, one per sequence, got {seeds!r}") from None
+
+
+def _says(value: Any) -> bool:
+    """Whether an input of the prompt is more than an empty one, which `generate` makes where there are no images."""
+    return any(v is not None for v in value.values()) if isinstance(value, Mapping) else value is not None
 
 
 class LookaheadDecoding:
@@ -216,6 +234,7 @@ class LookaheadDecoding:
         _refuse(model, generation_config, model_kwargs)
         if not input_ids.shape[1]:
             raise ValueError("input_ids: the prompt is empty; give at least one token")
+        inputs = {name: value for name, value in model_kwargs.items() if name in _PROMPT_INPUTS and _says(value)}
         context = context_of(model)
         if context is not None and input_ids.shape[1] > context:
             raise ValueError(
@@ -230,18 +249,26 @@ class LookaheadDecoding:
         # The caller's cache or, since not every version of transformers marks it, the empty one that `generate` made.
         past = model_kwargs.get("past_key_values")
         if generation_config.cache_implementation is not None or past is None:
-            past = DynamicCache(config=model.config.get_text_config(decoder=True))
-        rows = _layout(input_ids, model_kwargs, past, generation_config)
+            past = DynamicCache(config=text_config(model))
+        rows, usual = _layout(input_ids, model_kwargs, past, generation_config)
+        if not usual:
+            inputs["position_ids"] = model_kwargs["position_ids"]
         requests = _requests(self, input_ids, logits_processor, stopping_criteria, generation_config, rows)
         before = past.get_seq_length()
         longest = before + max(r.limit - r.cached for r in requests)
-        check_length(model, longest)
         rows_of_tree = max_rows(self.config, own_source=self.propose is not None)
         target = Target(model, capacity=longest + rows_of_tree, batch=len(requests), compile=self.compile)
+        if target.switch and len(requests) > 1 and not target.plain and longest > target.switch.position:
+            raise ValueError(
+                f"the model's rotary frequencies change at {target.switch.position} tokens, and a sequence of this "
+                f"batch can reach {longest}: shorten it, or decode the sequences one by one"
+            )
         if before:
-            target.cache.load(past, [range(row.start, before) for row in rows])
+            known = requests[0].prompt[: requests[0].cached] if requests[0].cached == before else None
+            target.load(past, [range(row.start, before) for row in rows], known)
         self.stats = Stats()
-        return Run(self.config, target, requests, self.stats, generation_config, past, [row.start for row in rows])
+        starts = [row.start for row in rows]
+        return Run(self.config, target, requests, self.stats, generation_config, past, starts, inputs)
 
 
 @dataclass(frozen=True)
@@ -256,6 +283,7 @@ class Run:
         generation_config: as `generate` prepared it.
         past: the caller's cache, or a new one; filled at the end.
         starts: left padding of each sequence.
+        inputs: of the model's own, such as images, that belong to the prompts.
     """
 
     config: LookaheadConfig
@@ -265,10 +293,11 @@ class Run:
     generation_config: GenerationConfig
     past: DynamicCache
     starts: list[int]
+    inputs: dict[str, Any]
 
     def steps(self) -> Iterator[list[Choice | None]]:
         """Decode, a step at a time."""
-        return decode(self.target, self.requests, self.config, self.stats)
+        return decode(self.target, self.requests, self.config, self.stats, self.inputs)
 
     @property
     def finish_reasons(self) -> list[str]:
@@ -342,8 +371,9 @@ def generate(
 
 def context_of(model: PreTrainedModel) -> int | None:
     """The model's context in tokens, or None where its configuration has none."""
-    context: int | None = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return context
+    context: int | None = getattr(text_config(model), "max_position_embeddings", None)
+    switch = switch_of(model)
+    return None if switch and switch.plain_after else context  # which dynamic scaling goes past
 
 
 def call_generate(model: PreTrainedModel, decoding: LookaheadDecoding, loop: Any, **kwargs: Any) -> Any:
@@ -395,8 +425,10 @@ def _refuse(model: PreTrainedModel, config: GenerationConfig, model_kwargs: dict
         if value != getattr(model.generation_config, name, None):
             raise ValueError(f"{name}={value!r}: lookahead decoding brings its own cache and step; leave it out")
     for name, value in model_kwargs.items():
-        if name not in _MODEL_INPUTS and value is not None and value is not False:
-            raise ValueError(f"{name}: lookahead decoding takes token ids and an attention mask only; leave it out")
+        if name not in _MODEL_INPUTS | _PROMPT_INPUTS and value is not None and value is not False:
+            raise ValueError(
+                f"{name}: lookahead decoding takes token ids, an attention mask and images; leave it out"
+            )
 
 
 @dataclass(frozen=True)
@@ -414,8 +446,13 @@ class _Row:
     cached: int
 
 
-def _layout(ids: torch.Tensor, model_kwargs: dict[str, Any], past: Any, config: GenerationConfig) -> list[_Row]:
-    """One row per sequence; with a caller's cache the ids are either the whole text or what is new of it."""
+def _layout(
+    ids: torch.Tensor, model_kwargs: dict[str, Any], past: Any, config: GenerationConfig
+) -> tuple[list[_Row], bool]:
+    """One row per sequence, and whether positions are counted in the usual way.
+
+    With a caller's cache the ids are either the whole text or what is new of it.
+    """
     if type(past) is not DynamicCache:
         raise ValueError(f"past_key_values must be a DynamicCache, got {type(past).__name__}")
     covered = past.get_seq_length()
@@ -434,16 +471,17 @@ def _layout(ids: torch.Tensor, model_kwargs: dict[str, Any], past: Any, config: 
     whole = total == length
     if whole and covered >= length:
         raise ValueError(f"past_key_values covers all {length} tokens: give at least one new one")
-    positions = model_kwargs.get("position_ids")
+    positions, usual = model_kwargs.get("position_ids"), True
     if positions is not None:
-        if positions.ndim != 2 or positions.shape[1] > total:
+        if positions.shape[-1] > total:
             raise ValueError("position_ids: only those that follow the attention mask are supported; leave it out")
         first = torch.tensor(starts, device=positions.device)[:, None]
         wanted = torch.arange(total, device=positions.device)[None] - first  # (batch, total)
-        wanted = wanted[:, total - positions.shape[1] :]
-        if bool((positions.ne(wanted) & wanted.ge(0)).any()):
+        wanted = wanted[:, total - positions.shape[-1] :]
+        usual = not bool((positions.ne(wanted) & wanted.ge(0)).any())
+        if not usual and positions.ndim == 2:
             raise ValueError("position_ids: only those that follow the attention mask are supported; leave it out")
-    return [_Row(s, s if whole else 0, max(0, covered - s) if whole else 0) for s in starts]
+    return [_Row(s, s if whole else 0, max(0, covered - s) if whole else 0) for s in starts], usual
 
 
 def _requests(

@@ -39,7 +39,7 @@ def _part(
     base = rows + batch * r_batch
     length = tl.load(base)  # the same for all rows
     depth = tl.load(base + node * r_row + 1, mask=live, other=0)
-    window = tl.load(base + 2)
+    window = tl.load(base + node * r_row + 2, mask=live, other=0)
     end = length + nodes
     chunk = tl.cdiv(tl.cdiv(end, splits), KEYS) * KEYS
     start = part * chunk
@@ -72,7 +72,7 @@ def _part(
         )
         other_depth = tl.load(base + other * r_row + 1, mask=in_tree, other=0)
         position = tl.where(other >= 0, length + other_depth, slot)
-        near = (length + depth)[:, None] - position[None, :] < window
+        near = (length + depth)[:, None] - position[None, :] < window[:, None]
         seen = inside[None, :] & near & ((other < 0)[None, :] | (told != 0))
         scores = tl.where(seen, scores, float("-inf"))
         new_best = tl.maximum(best, tl.max(scores, 1))

@@ -15,7 +15,7 @@ No torch, no clock, no global random state: bring your own model, as `h11` asks 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .config import NGRAM_SIZE, LookaheadConfig
@@ -81,6 +81,7 @@ class Lookahead:
         stop_ids: tokens that end the text; they are not worth guessing past.
         propose: a further source of candidates.
         shared: text of earlier requests, if there is any.
+        reach: how deep a tree may be whose root stands at a position; any depth by default.
         counts: where drafts are counted by source.
 
     Attributes:
@@ -100,6 +101,7 @@ class Lookahead:
         stop_ids: Collection[int] = (),
         propose: Propose | None = None,
         shared: Namespace | None = None,
+        reach: Callable[[int], int] | None = None,
         counts: dict[str, SourceCount] | None = None,
     ) -> None:
         if not prompt:
@@ -112,6 +114,7 @@ class Lookahead:
         self._shared = shared
         self._config = config
         self._limit = limit
+        self._reach = reach
         self._stop_ids = stop_ids
         self._most_rows = max_rows(config, own_source=propose is not None)
         self._pool = NgramPool(
@@ -168,8 +171,12 @@ class Lookahead:
         """
         rows = self._window.rows if self._window else ()
         depth = max(0, self._limit - 1 - len(self.text))
+        if self._reach is not None:
+            depth = min(depth, self._reach(len(self.text) - 1))
         start = build_tree(self.text[-1], rows, max_depth=depth)
-        self._growing = GrowingTree(start, self.text, self._sources, self._acceptance, depth, floor)
+        self._growing = GrowingTree(
+            start, self.text, self._sources, self._acceptance, depth, floor, self._config.max_paths
+        )
         return self._growing
 
     def plan(self) -> TokenTree:

@@ -62,6 +62,18 @@ class TokenTree:
         """Nodes whose next tokens the step needs: the root, the window's last row and the candidates."""
         return [0, *(n for n in self.last_row if n), *range(self.first_candidate, len(self.tokens))]
 
+    def paths(self) -> list[list[int]]:
+        """The nodes from the root to each leaf, leaves in ascending order."""
+        inner = set(self.parents)
+        found = []
+        for leaf in range(len(self.tokens)):
+            if leaf not in inner:
+                path = [leaf]
+                while path[-1]:
+                    path.append(self.parents[path[-1]])
+                found.append(path[::-1])
+        return found
+
     def child(self, node: int, token: int) -> int | None:
         """The candidate node under `node` that holds `token`, or None."""
         for other in range(max(self.first_candidate, node + 1), len(self.tokens)):

@@ -19,7 +19,7 @@ from ..config import LookaheadConfig
 from ..hf import LookaheadDecoding, generate
 from ..profile import device_name
 from ..stats import Stats
-from ..target import COMPILE
+from ..trees import COMPILE
 from .methods import METHODS, Job, make, measure, warm_up
 from .result import SHORT, About, Result
 from .step import cache_bytes, commit_times, limits, outside_share, step_times

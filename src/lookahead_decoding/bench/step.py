@@ -93,7 +93,7 @@ def cache_bytes(model: PreTrainedModel, capacity: int = 300) -> tuple[int, int]:
     target = Target(model, capacity, compile="off")  # a captured cache is larger, since it serves later requests
     target.prefill([[7, 7]])
     needed = sum(b[:, :, :1].nbytes for layer in target.cache.layers for b in (layer.keys, layer.values))
-    return sum(stack.nbytes for stack in target.cache.slots.stacks), needed * capacity
+    return sum(stack.nbytes for slots in target.cache.all_slots for stack in slots.stacks), needed * capacity
 
 
 def step_times(
@@ -141,7 +141,7 @@ def commit_times(model: PreTrainedModel, contexts: Sequence[int] = (256, 8192), 
         target.forward([tree])
 
         def commit(target: Target = target, context: int = context) -> None:
-            target.cache.slots.lengths[0] = context - len(path)
+            target.lengths[0] = context - len(path)
             target.commit([path])
 
         runs.append(commit)

@@ -19,8 +19,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .. import profile
 from ..cli_common import DTYPES, Problem, encode, first_line, load, read_prompts, room
 from ..config import MAX_ROWS, PLAIN
+from ..evaluate import OURS
 from ..packed import copied_bytes, why_not
-from ..target import COMPILE, OURS, Target, kernel_found
+from ..target import Target
+from ..trees import COMPILE, kernel_found
 from .methods import of_steps
 from .result import added
 from .step import limits

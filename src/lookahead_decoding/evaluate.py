@@ -1,0 +1,102 @@
+"""One forward of the model: the only place that calls it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
+
+from .attention import attend
+from .cache import TreeCache
+
+OURS = "lookahead_tree"
+"""The name of our attention in transformers' registries."""
+
+Masks = Mapping[str, torch.Tensor]
+"""A mask per kind of layer; none at all is causal attention."""
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Our attention with the signature of transformers; it is in force during our own steps alone."""
+    ours = attention_mask is not None and (attention_mask.dtype == torch.int32 or attention_mask.is_floating_point())
+    if not ours or position_bias is not None:
+        raise ValueError("a step's attention needs our mask and takes no position bias")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    return attend(query, key, value, attention_mask, scale, softcap or 0.0, s_aux), None
+
+
+AttentionInterface.register(OURS, _attend)
+AttentionMaskInterface.register(OURS, sdpa_mask)
+
+
+def text_config(model: PreTrainedModel) -> Any:
+    """The configuration of the model's text decoder."""
+    return model.config.get_text_config(decoder=True)
+
+
+def parameters_of(model: PreTrainedModel) -> Collection[str]:
+    """Names that the model's forward takes."""
+    return inspect.signature(model.forward).parameters.keys()
+
+
+@contextmanager
+def attention_in_force(config: Any, attention: str) -> Iterator[None]:
+    """Let a model of this configuration use an attention inside the `with` block."""
+    before = config._attn_implementation
+    config._attn_implementation = attention
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def evaluate(
+    model: PreTrainedModel,
+    cache: TreeCache,
+    ids: torch.Tensor,
+    positions: torch.Tensor | None,
+    masks: Masks,
+    keep: torch.Tensor | None = None,
+    indices: Sequence[torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Logits of one forward, (batch, kept rows, vocab).
+
+    Args:
+        ids, positions: (batch, nodes); no positions for a model that takes none.
+        keep: rows that need logits; all by default.
+        indices: for each of the cache's slots, those of the rows, (batch, nodes); by default they stand behind each
+            sequence's committed tokens.
+    """
+    for slots, index in zip(cache.all_slots, indices or (), strict=bool(indices)):
+        slots.index = index
+    options: dict[str, Any] = {} if keep is None else {"logits_to_keep": keep}
+    if positions is not None:
+        options["position_ids"] = positions
+    logits: torch.Tensor = model(
+        input_ids=ids,
+        attention_mask=masks if len(masks) > 1 else next(iter(masks.values()), None),
+        past_key_values=cache,
+        use_cache=True,
+        return_dict=True,
+        **options,
+    ).logits
+    for slots in cache.all_slots:
+        slots.index = None
+    return logits

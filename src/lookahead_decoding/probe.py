@@ -1,0 +1,234 @@
+"""How a model can check candidates: found out by trying, once per model, and not by its name.
+
+A prompt, a step with a long and a short candidate, commit of the short one, and one more step, against the same tokens
+one at a time through transformers' own cache, as `generate` computes them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from .cache import TreeCache
+from .choose import StepLogits
+from .evaluate import OURS, parameters_of, text_config
+from .memory import memory_of
+from .rows import Lockstep, RowSteps
+from .tree import TokenTree, build_tree
+from .trees import TreeSteps
+
+STRANGE_WINDOW = re.compile(
+    r"^(?!(use)?_?sliding_window|max_window_layers|chunk_size_feed_forward).*(window|chunk|topk$)"
+)
+"""Settings that say a layer does not see every position, other than those we read (docs/decisions/0001)."""
+
+LONGEST = 256
+"""Windows up to this size are passed by the probe's prompt."""
+
+PATHS = 4
+"""Candidates that are checked as rows."""
+
+Steps = TreeSteps | RowSteps | Lockstep
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How a model checks candidates.
+
+    Attributes:
+        name: "tree", one forward with a mask for any tree; "chain", one candidate in a row; or "batch-expanded", each
+            candidate as a row of the batch.
+        attention: that is in force in a step, by its name in transformers' registry.
+        cached_heads: whether our attention meets as many key heads as are cached.
+        reasons: why the strategies before it in this list are not taken, and why not our own attention.
+        copies: the keys and values of every candidate are copied in every step, since the model wants transformers' own
+            cache layers.
+    """
+
+    name: str
+    attention: str
+    cached_heads: bool = False
+    reasons: tuple[str, ...] = ()
+    copies: bool = False
+
+    @property
+    def paths(self) -> int | None:
+        """Candidates that a step checks at most; None is any number."""
+        return {"tree": None, "chain": 1, "batch-expanded": PATHS}[self.name]
+
+
+def probe(model: PreTrainedModel) -> Strategy:
+    """Find out, once per model, how it checks candidates exactly.
+
+    Raises:
+        ValueError: it cannot; the message names the model's type and what failed.
+    """
+    config = text_config(model)
+    own = config._attn_implementation
+    if model.config.is_encoder_decoder:
+        raise ValueError(_refusal(model, "it is an encoder-decoder"))
+    known = memory_of(model).probed
+    if "past_key_values" not in parameters_of(model):
+        raise ValueError(
+            _refusal(model, "its forward takes no past_key_values, so that there is no cache to keep text in")
+        )
+    key = (own, model.dtype, model.device)
+    if key not in known:
+        known[key] = found = _search(model)
+        if isinstance(found, str) and model.training:
+            del known[key]
+            raise ValueError("the model is in training mode, where its outputs are random: call model.eval()")
+    strategy: Strategy | str = known[key]
+    if isinstance(strategy, str):
+        raise ValueError(_refusal(model, strategy))
+    return strategy
+
+
+def _refusal(model: PreTrainedModel, reason: str) -> str:
+    return f"a model of type {model.config.model_type!r} cannot check candidates: {reason}. Use model.generate"
+
+
+def _search(model: PreTrainedModel) -> Strategy | str:
+    """The first strategy that is exact, or why none is."""
+    config = text_config(model)
+    own = config._attn_implementation
+    reasons = []
+    reason = _no_tree(model)
+    if reason:
+        reasons.append(f"no tree: {reason}")
+    else:
+        # Where a version of transformers gives a model with capped scores to sdpa, the cap is left out.
+        uncapped = own == "sdpa" and getattr(config, "attn_logit_softcapping", None)
+        for attention, cached_heads in ((own, False),) if uncapped else ((OURS, False), (OURS, True), (own, False)):
+
+            def trees(attention: str = attention, cached_heads: bool = cached_heads) -> TreeSteps:
+                return TreeSteps(model, _capacity(model), 1, attention, "off", 64, cached_heads)
+
+            reason = _try(model, trees, 2)
+            if not reason:
+                return Strategy("tree", attention, cached_heads, () if attention == OURS else tuple(reasons))
+            reasons.append(f"{'no tree with ' + attention if attention == own else 'not our attention'}: {reason}")
+    for copies in (False, True):
+
+        def rows(copies: bool = copies) -> RowSteps:
+            return RowSteps(model, _capacity(model), 2, 64, copies=copies)
+
+        reason = _try(model, rows, 2)
+        if not reason:
+            name = "batch-expanded" if rows().cache.stateful else "chain"
+            return Strategy(name, own, reasons=tuple(reasons), copies=copies)
+    return reason
+
+
+def _windows(model: PreTrainedModel) -> dict[str, int]:
+    """Settings that say how far layers see."""
+    config = text_config(model)
+    return {n: v for n, v in vars(config).items() if re.search("window|chunk|topk$", n) and type(v) is int and v > 1}
+
+
+def _no_tree(model: PreTrainedModel) -> str:
+    """Why a model cannot take a tree, as far as one can tell without trying."""
+    config = text_config(model)
+    try:
+        cache = TreeCache(config, 1, 8)
+    except (AttributeError, KeyError, ValueError, TypeError) as error:
+        return f"its cache cannot be made ({error})"
+    if cache.stateful:
+        return "it has layers whose state cannot fork"
+    if not cache.kinds:
+        return "none of its layers is known to attend"
+    if not {"position_ids", "kwargs"} & set(parameters_of(model)):
+        return "its forward takes no position_ids, so that positions are slots"
+    if config._attn_implementation not in ("eager", "sdpa"):
+        name = config._attn_implementation
+        return f"its attention is {name!r}, which takes no mask; with attn_implementation='sdpa' it may"
+    read = {"chunked_attention": "attention_chunk_size", "indexed_attention": "index_topk"}
+    known = [name for kind, name in read.items() if kind in cache.kinds]
+    strange = sorted(name for name in _windows(model) if STRANGE_WINDOW.search(name) and name not in known)
+    if strange:
+        return f"its configuration has {', '.join(strange)}, which says that layers see less in a way that is not known"
+    return ""
+
+
+def _prompt(model: PreTrainedModel) -> list[int]:
+    """Longer than any window that is short enough."""
+    length = max([v for v in _windows(model).values() if v <= LONGEST], default=0) + 4
+    vocab = text_config(model).vocab_size
+    return [(3 + 2 * i) % vocab for i in range(length)]
+
+
+def _capacity(model: PreTrainedModel) -> int:
+    return len(_prompt(model)) + 64
+
+
+def _try(model: PreTrainedModel, start: Callable[[], TreeSteps | RowSteps], paths: int) -> str:
+    """What went wrong with a few small steps; empty if they were exact."""
+    vocab = text_config(model).vocab_size
+    prompt = _prompt(model)
+    root, *rest = ((len(prompt) * 2 + 3 + 2 * i) % vocab for i in range(9))
+    long, short, more = rest[:4], rest[4:6], rest[6:]
+    try:
+        wanted = _plain(model, prompt, [root, *short, *more])
+        other = _plain(model, prompt, [root, *long])
+        steps = _started(start, prompt)
+        if paths > 1:
+            first = steps.forward([build_tree(root, candidates=[long, short])])
+            path = [0, *range(1 + len(long), 1 + len(long) + len(short))]
+        else:
+            first, path = steps.forward([build_tree(root, candidates=[long])]), [0]
+        aside = _logits(first, range(1 + len(long)))
+        accepted = _logits(first, path)
+        steps.commit([path])
+        left = [*short, *more][len(path) - 1 :]
+        second = steps.forward([build_tree(left[0], candidates=[left[1:]])])
+        ours = torch.cat([accepted, _logits(second, range(len(left)))])
+        chain = _logits(_started(start, prompt).forward([build_tree(root, candidates=[[*short, *more]])]), range(5))
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+        AttributeError,
+        IndexError,
+        KeyError,
+        NotImplementedError,
+        AssertionError,
+    ) as error:
+        return f"the probe raised {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    # A chain through our cache differs from plain decoding by rounding alone; in half precision that is a yardstick,
+    # beside the precision itself, since a chain may happen to be computed exactly as plain decoding is.
+    rounding = (chain - wanted).norm()
+    bound = 1e-3 * wanted.norm()
+    if model.dtype in (torch.bfloat16, torch.float16):
+        bound += 3 * rounding + 4 * torch.finfo(model.dtype).eps * wanted.norm()
+    if not rounding <= 0.1 * wanted.norm():
+        return "several tokens in one forward have other logits than one at a time"
+    if not ((ours - wanted).norm() <= bound and (aside - other).norm() <= bound):
+        return "a candidate beside others, or after a commit, has other logits than the same tokens one at a time"
+    return ""
+
+
+def _started(start: Callable[[], TreeSteps | RowSteps], prompt: Sequence[int]) -> TreeSteps | RowSteps:
+    steps = start()
+    steps.prefill([prompt])
+    steps.commit([[0]])
+    return steps
+
+
+def _logits(step: StepLogits, nodes: Sequence[int]) -> torch.Tensor:
+    """Of these nodes, (nodes, vocab)."""
+    row = {node: i for i, node in enumerate(step.nodes)}
+    return step.logits[0, [row[node] for node in nodes]].double()
+
+
+def _plain(model: PreTrainedModel, prompt: Sequence[int], text: Sequence[int]) -> torch.Tensor:
+    """Logits after each token of a text, fed one at a time, (tokens, vocab)."""
+    steps = Lockstep(model, 0, 1)
+    steps.prefill([prompt])
+    found = [steps.forward([TokenTree((token,), (-1,))]).logits[0, 0] for token in text]
+    return torch.stack(found).double()

@@ -1,0 +1,72 @@
+"""Rotary scalings whose frequencies depend on how long the text is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .evaluate import text_config
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A position from which on a model turns its queries and keys by other frequencies.
+
+    What was computed before keeps the old ones, so no forward may hold positions of both sides.
+
+    Attributes:
+        position: the first one on the far side.
+        plain_after: the frequencies change with every token there (dynamic NTK), so that each needs its own forward.
+        renews: the model computes all keys and values anew when it comes to `position` (as Phi-3 does).
+    """
+
+    position: int
+    plain_after: bool
+    renews: bool
+
+    def reach(self, root: int) -> int:
+        """How deep a tree may be whose root stands at a position."""
+        if root < self.position:
+            return self.position - 1 - root
+        return 0 if self.plain_after or (self.renews and root == self.position) else 1 << 30
+
+    def splits(self, start: int, end: int) -> bool:
+        """Whether tokens of the positions from `start` to `end` must be fed in one forward, as `generate` does."""
+        return end > self.position and (self.plain_after or start < self.position)
+
+
+def switch_of(model: PreTrainedModel) -> Switch | None:
+    """The switch that a model's configuration speaks of, if there is one."""
+    config = text_config(model)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for entry in [parameters, *(v for v in parameters.values() if isinstance(v, dict))]:
+        kind = entry.get("rope_type")
+        if kind in ("dynamic", "longrope"):
+            position = entry.get("original_max_position_embeddings") or config.max_position_embeddings
+            return Switch(position, kind == "dynamic", kind == "longrope" and _renews(model, position))
+    return None
+
+
+class _Full:
+    """A stand-in for a cache that holds so many tokens."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def get_seq_length(self, *args: Any) -> int:
+        return self._length
+
+
+def _renews(model: PreTrainedModel, position: int) -> bool:
+    """Whether the model gives up its cache at a position; it says so where `generate` asks for its inputs."""
+    inputs = model.prepare_inputs_for_generation(
+        torch.zeros(1, position + 1, dtype=torch.long),
+        past_key_values=_Full(position),
+        attention_mask=None,
+        next_sequence_length=1,
+        use_cache=True,
+    )
+    return inputs.get("past_key_values") is None
