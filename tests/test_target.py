@@ -172,5 +172,5 @@ def test_the_probe_notices_a_model_whose_rows_depend_on_each_other(monkeypatch: 
     layer = model.model.layers[0].mlp
     forward = layer.forward
     monkeypatch.setattr(layer, "forward", lambda x: forward((x / x.abs().max() * 7).round() * x.abs().max() / 7))
-    with pytest.raises(ValueError, match="several tokens in one forward have other logits than one at a time"):
+    with pytest.raises(ValueError, match="what one row of a forward gives depends on the others"):
         Target(model, capacity=40)

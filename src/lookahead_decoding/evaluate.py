@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -54,6 +54,39 @@ def text_config(model: PreTrainedModel) -> Any:
 def parameters_of(model: PreTrainedModel) -> Collection[str]:
     """Names that the model's forward takes."""
     return inspect.signature(model.forward).parameters.keys()
+
+
+def unwrapped(model: Any) -> PreTrainedModel:
+    """The transformers model inside what PEFT or torch.compile made of it.
+
+    Raises:
+        TypeError: it is none, or an adapter works on the prompt and not in the layers.
+    """
+    inner = getattr(model, "_orig_mod", model)  # torch.compile(model)
+    if hasattr(inner, "get_base_model") and hasattr(inner, "active_peft_config"):
+        if inner.active_peft_config.is_prompt_learning:
+            kind = inner.active_peft_config.peft_type.value
+            raise TypeError(f"an adapter of type {kind} adds to the prompt what only its own generate knows: use that")
+        inner = inner.get_base_model()
+    if not isinstance(inner, PreTrainedModel):
+        raise TypeError(f"model must be a transformers model, got {type(model).__name__}: load it first")
+    return inner
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where a model takes its inputs; of weights that are loaded when they are needed, where they are computed with."""
+    device: torch.device = model.device
+    if device.type != "meta":
+        return device
+    hooks = [getattr(module, "_hf_hook", None) for module in model.modules()]
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next((device for device in devices if device is not None), "meta"))
+
+
+def as_written(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Run a model that its owner compiled as it is written: each step of ours would be compiled anew."""
+    compiled = model._compiled_call_impl is not None or hasattr(model.forward, "_torchdynamo_orig_callable")
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 @contextmanager

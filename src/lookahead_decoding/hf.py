@@ -37,7 +37,7 @@ from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREF
 from .choose import Sampler
 from .config import LookaheadConfig
 from .decode import Request, decode
-from .evaluate import text_config
+from .evaluate import text_config, unwrapped
 from .lookahead import Choice, max_rows
 from .probe import probe
 from .rope import switch_of
@@ -334,7 +334,7 @@ def generate(
     """`model.generate` with lookahead decoding: the same arguments, the same tokens, fewer forwards.
 
     Args:
-        model: any causal language model that can take a token tree.
+        model: any causal language model that can check candidates, also as PEFT or torch.compile wrapped it.
         inputs: token ids, (batch, length); or `input_ids=`, as a tokenizer names them.
         lookahead: the configuration, or a `LookaheadDecoding` whose `stats` are then filled.
         seeds, streamer, tokenizer: as for `LookaheadDecoding`.
@@ -348,8 +348,7 @@ def generate(
         TypeError, ValueError: an argument that is wrong or cannot be honoured; the message says what to do.
     """
     base = lookahead if isinstance(lookahead, LookaheadDecoding) else LookaheadDecoding(lookahead)
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model must be a transformers model, got {type(model).__name__}: load it first")
+    model = unwrapped(model)
     decoding = LookaheadDecoding(
         base.config,
         streamer=streamer if streamer is not None else base.streamer,
@@ -426,9 +425,7 @@ def _refuse(model: PreTrainedModel, config: GenerationConfig, model_kwargs: dict
             raise ValueError(f"{name}={value!r}: lookahead decoding brings its own cache and step; leave it out")
     for name, value in model_kwargs.items():
         if name not in _MODEL_INPUTS | _PROMPT_INPUTS and value is not None and value is not False:
-            raise ValueError(
-                f"{name}: lookahead decoding takes token ids, an attention mask and images; leave it out"
-            )
+            raise ValueError(f"{name}: lookahead decoding takes token ids, an attention mask and images; leave it out")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from .cache import TreeCache
 from .choose import StepLogits
-from .evaluate import OURS, parameters_of, text_config
+from .evaluate import OURS, device_of, parameters_of, text_config
 from .memory import memory_of
 from .rows import Lockstep, RowSteps
 from .tree import TokenTree, build_tree
@@ -76,7 +76,7 @@ def probe(model: PreTrainedModel) -> Strategy:
         raise ValueError(
             _refusal(model, "its forward takes no past_key_values, so that there is no cache to keep text in")
         )
-    key = (own, model.dtype, model.device)
+    key = (own, model.dtype, device_of(model))
     if key not in known:
         known[key] = found = _search(model)
         if isinstance(found, str) and model.training:
@@ -187,6 +187,9 @@ def _try(model: PreTrainedModel, start: Callable[[], TreeSteps | RowSteps], path
         second = steps.forward([build_tree(left[0], candidates=[left[1:]])])
         ours = torch.cat([accepted, _logits(second, range(len(left)))])
         chain = _logits(_started(start, prompt).forward([build_tree(root, candidates=[[*short, *more]])]), range(5))
+        last = len(chain) - 1
+        again = _started(start, prompt).forward([build_tree(root, candidates=[[*short, *more[:-1], long[0]]])])
+        mixed = (chain - _logits(again, range(5)))[:last].norm()
     except torch.OutOfMemoryError:
         raise
     except (
@@ -203,14 +206,24 @@ def _try(model: PreTrainedModel, start: Callable[[], TreeSteps | RowSteps], path
     # A chain through our cache differs from plain decoding by rounding alone; in half precision that is a yardstick,
     # beside the precision itself, since a chain may happen to be computed exactly as plain decoding is.
     rounding = (chain - wanted).norm()
-    bound = 1e-3 * wanted.norm()
+    # Where activations are quantised too, a difference of rounding can become one of a level, in some prompts only.
+    bound = (1e-5 if _quantised(model) else 1e-3) * wanted.norm()
     if model.dtype in (torch.bfloat16, torch.float16):
         bound += 3 * rounding + 4 * torch.finfo(model.dtype).eps * wanted.norm()
+    if mixed > max(1e-5, torch.finfo(model.dtype).eps) * wanted.norm():
+        return (
+            "what one row of a forward gives depends on the others, as where activations are quantised together; with "
+            "weights quantised alone (for LLM.int8: llm_int8_threshold=0) it may not"
+        )
     if not rounding <= 0.1 * wanted.norm():
         return "several tokens in one forward have other logits than one at a time"
     if not ((ours - wanted).norm() <= bound and (aside - other).norm() <= bound):
         return "a candidate beside others, or after a commit, has other logits than the same tokens one at a time"
     return ""
+
+
+def _quantised(model: PreTrainedModel) -> bool:
+    return any(type(p) is not torch.nn.Parameter or p.element_size() == 1 for p in model.parameters())
 
 
 def _started(start: Callable[[], TreeSteps | RowSteps], prompt: Sequence[int]) -> TreeSteps | RowSteps:

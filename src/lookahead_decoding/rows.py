@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from .cache import TreeCache
 from .choose import StepLogits
-from .evaluate import evaluate, parameters_of, text_config
+from .evaluate import as_written, device_of, evaluate, parameters_of, text_config
 from .tree import TokenTree
 
 REFED = 16
@@ -170,7 +170,7 @@ class RowSteps:
     @torch.no_grad()
     def _feed(self, rows: Sequence[Sequence[int]], keep: Sequence[int]) -> torch.Tensor:
         """Logits behind what the states hold, (rows, len(keep), vocab)."""
-        device = self.model.device
+        device = device_of(self.model)
         ids = torch.tensor(rows, device=device)
         self.cache.make_room(ids.shape[1])
         positions = None
@@ -179,9 +179,10 @@ class RowSteps:
             positions = torch.arange(first, first + ids.shape[1], device=device).expand(ids.shape)
         self.cache.take_rows(slice(0, len(rows)))
         kept = torch.tensor(list(keep))
-        if self._keep_index:
-            return evaluate(self.model, self.cache, ids, positions, {}, kept)
-        return evaluate(self.model, self.cache, ids, positions, {})[:, kept]
+        with as_written(self.model):
+            if self._keep_index:
+                return evaluate(self.model, self.cache, ids, positions, {}, kept)
+            return evaluate(self.model, self.cache, ids, positions, {})[:, kept]
 
 
 class Lockstep:
@@ -241,7 +242,7 @@ class Lockstep:
 
     @torch.no_grad()
     def _feed(self, ids: torch.Tensor, mask: torch.Tensor, inputs: Mapping[str, Any], first: bool) -> StepLogits:
-        device = self.model.device
+        device = device_of(self.model)
         self._mask = torch.cat([self._mask, mask], 1)
         positions = (self._mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :] + torch.tensor(self.shifts)[:, None]
         takes_positions = "position_ids" in parameters_of(self.model)
@@ -253,6 +254,7 @@ class Lockstep:
             is_first_iteration=first,
             **({"position_ids": positions.to(device)} if takes_positions else {}) | dict(inputs),
         )
-        output = self.model(**prepared, return_dict=True)
+        with as_written(self.model):
+            output = self.model(**prepared, return_dict=True)
         self.cache = getattr(output, "past_key_values", None) or self.cache
         return StepLogits(output.logits[:, -1:], (0,))  # (batch, 1, vocab)

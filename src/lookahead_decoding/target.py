@@ -16,7 +16,7 @@ from .budget import StepTimes
 from .cache import ROOM
 from .choose import StepLogits
 from .config import LookaheadConfig
-from .evaluate import text_config
+from .evaluate import text_config, unwrapped
 from .memory import memory_of
 from .probe import Steps, Strategy, probe
 from .rope import switch_of
@@ -60,6 +60,7 @@ class Target:
     ) -> None:
         if compile not in COMPILE:
             raise ValueError(f"compile must be one of {', '.join(COMPILE)}, got {compile!r}")
+        model = unwrapped(model)
         strategy = probe(model)
         self._set(model, strategy)
         self.steps: Steps

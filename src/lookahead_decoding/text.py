@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import LookaheadConfig
+from .evaluate import device_of, unwrapped
 from .hf import LookaheadDecoding, Run, call_generate
 from .shared import Namespace
 from .sources import Propose
@@ -78,7 +79,7 @@ def stream(
     To cancel, stop asking: nothing runs between two steps, and several streams on one model may take turns.
 
     Args:
-        model: any causal language model that can take a token tree.
+        model: any causal language model that can check candidates.
         tokenizer: its tokenizer.
         prompt: text, or token ids (a list, or a tensor of one sequence).
         lookahead: the sources, and what is fixed.
@@ -119,7 +120,8 @@ def stream(
         shared=shared,
         compile=compile,
     )
-    input_ids = torch.tensor([ids], device=model.device)
+    model = unwrapped(model)
+    input_ids = torch.tensor([ids], device=device_of(model))
     run: Run = call_generate(
         model, decoding, decoding.prepare, inputs=input_ids, attention_mask=torch.ones_like(input_ids), **kwargs
     )

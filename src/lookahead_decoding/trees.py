@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 from .attention import LENGTH, dense_mask, encode_rows
 from .cache import Span, TreeCache
 from .choose import StepLogits
-from .evaluate import OURS, Masks, attention_in_force, evaluate, parameters_of, text_config
+from .evaluate import OURS, Masks, as_written, attention_in_force, device_of, evaluate, parameters_of, text_config
 from .graphs import PACKED, Compiled, StepGraphs, padded, vary
 from .memory import memory_of
 from .packed import PackedLinears, copied_bytes, version_of, why_not
@@ -72,7 +72,7 @@ class TreeSteps:
         self.captured: Room | None = None
         self._compiled: Compiled | None = None
         self._weights: AbstractContextManager[None] = _packed(model) if compile == "packed" else nullcontext()
-        if compile in ("off", "packed") or (compile == "full" and model.device.type != "cuda"):
+        if compile in ("off", "packed") or (compile == "full" and device_of(model).type != "cuda"):
             self.cache = TreeCache(self.config, batch, capacity, room)
             if compile == "full":
                 self._compiled = _compiled(model)
@@ -189,9 +189,9 @@ class TreeSteps:
 
     def _mask(self, trees: Sequence[TokenTree | None], nodes: int, kind: str, span: Span) -> torch.Tensor:
         rows = self._rows(trees, nodes, span)
-        if self.attention == OURS and self.model.device.type == "cuda" and kernel_found():
-            return torch.from_numpy(rows).to(self.model.device)
-        return dense_mask(rows, self._dtype, self._fold(kind, span)).to(self.model.device)
+        if self.attention == OURS and device_of(self.model).type == "cuda" and kernel_found():
+            return torch.from_numpy(rows).to(device_of(self.model))
+        return dense_mask(rows, self._dtype, self._fold(kind, span)).to(device_of(self.model))
 
     def _fold(self, kind: str, span: Span) -> int:
         """Query heads per key head of a kind of layer, if they are folded into rows; known after the prefill."""
@@ -217,13 +217,14 @@ class TreeSteps:
         self, ids: np.ndarray, positions: np.ndarray, masks: Masks, keep: list[int], compiled: Compiled | None = None
     ) -> torch.Tensor:
         """Logits of the rows in `keep`, (batch, len(keep), vocab)."""
-        device = self.model.device
+        device = device_of(self.model)
         tensors = torch.from_numpy(ids).to(device), torch.tensor(positions).to(device)
-        if not self._keep_index:
-            return evaluate(self.model, self.cache, *tensors, masks)[:, keep]
         kept = torch.tensor(keep)
         if compiled is None:
-            return evaluate(self.model, self.cache, *tensors, masks, kept)
+            with as_written(self.model):
+                if not self._keep_index:
+                    return evaluate(self.model, self.cache, *tensors, masks)[:, keep]
+                return evaluate(self.model, self.cache, *tensors, masks, kept)
         if len(keep) == 1 < ids.shape[1]:  # a size of 1 would compile anew
             kept = kept.repeat(2)
         step = torch.arange(ids.shape[1])
@@ -275,13 +276,13 @@ def room_for(model: PreTrainedModel, capacity: int, batch: int, compile: str, ro
         indices = [held[slots] + step for slots in cache.all_slots]
         return evaluate(model, cache, ids, positions, dict(zip(kinds, rows, strict=True)), keep, indices)
 
-    return Room(cache, StepGraphs(forward, model.device, compile == "full"), compile, kind[2])
+    return Room(cache, StepGraphs(forward, device_of(model), compile == "full"), compile, kind[2])
 
 
 def _compiled(model: PreTrainedModel) -> Compiled:
     """The compiled step of a model; compiled anew for changed weights, which a packed copy would not follow."""
     made = memory_of(model).made
-    packed = model.device.type == "cpu" and model.dtype == torch.bfloat16
+    packed = device_of(model).type == "cpu" and model.dtype == torch.bfloat16
     weights = packed and version_of(model)
     if "compiled" not in made or made["compiled"][0] != weights:
         if "compiled" in made:
@@ -304,7 +305,7 @@ def _packed(model: PreTrainedModel) -> PackedLinears:
 
 def best_way(model: PreTrainedModel) -> str:
     """How a step runs where nobody says so."""
-    if model.device.type == "cuda":
+    if device_of(model).type == "cuda":
         return "full"
     return "off" if why_not(model) or copied_bytes(model) > PACKED_UNASKED else "packed"
 
@@ -319,7 +320,7 @@ def not_ready(model: PreTrainedModel, attention: str, compile: str) -> str:
         return "the model takes no attention but its own"
     if "logits_to_keep" not in parameters_of(model):
         return "the model's forward has no logits_to_keep"
-    device = model.device.type
+    device = device_of(model).type
     if device not in ("cpu", "cuda"):
         return f"a device of type {device!r} is not supported"
     if compile == "graphs" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
