@@ -87,6 +87,7 @@ SHRUNK: dict[str, Any] = {
         # the rest
         (STD, "initializer_range init_std"),
         (True, "is_decoder"),
+        (False, "tie_word_embeddings"),  # a random model whose head is its embedding repeats the last token
     )
     for name in names.split()
 }

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import os
-import random
 import shutil
-from collections.abc import Callable, Sequence
-from importlib import import_module
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 if not shutil.which("nvidia-smi"):  # before anything imports triton: without a GPU its interpreter runs the kernels
@@ -12,6 +10,7 @@ if not shutil.which("nvidia-smi"):  # before anything imports triton: without a 
 
 import pytest
 import torch
+from benchmarks.drafts import Accepted, watched
 from hypothesis import settings
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -110,53 +109,8 @@ def stories(data: Path) -> tuple[torch.nn.Module, object]:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(path)
 
 
-def right_and_wrong(text: Sequence[int], vocab: int = 64) -> Callable[[Sequence[int]], list[list[int]]]:
-    """A source that knows the plain continuation and mixes it with wrong tokens and wrong siblings.
-
-    By the position it proposes a full match, one that goes wrong after some tokens, or nothing that matches.
-    """
-
-    def propose(so_far: Sequence[int]) -> list[list[int]]:
-        true = list(text[len(so_far) : len(so_far) + 5])
-        wrong = [(t + 1) % vocab for t in true]
-        kind = random.Random(len(so_far)).randrange(3)
-        if kind == 0:
-            return [true, wrong]
-        if kind == 1:
-            good = max(1, len(true) // 2)
-            return [wrong, true[:good] + wrong[good:]]
-        return [wrong, [*wrong[:1], *true[1:]]]
-
-    return propose
-
-
-class Accepted:
-    """Which kinds of acceptance the steps of a run had: full, partial, none."""
-
-    def __init__(self) -> None:
-        self.kinds: set[str] = set()
-
-    def watch(self, tree: ld.TokenTree, choice: ld.Choice) -> None:
-        depths = tree.depths
-        deepest = max((depths[n] for n in range(tree.first_candidate, len(tree))), default=0)
-        accepted = len(choice.path) - 1
-        if deepest:
-            self.kinds.add("none" if not accepted else "full" if accepted == deepest else "partial")
-
-
 @pytest.fixture
-def accepted(monkeypatch: pytest.MonkeyPatch) -> Accepted:
+def accepted() -> Iterator[Accepted]:
     """Watches every walk of the test."""
-    seen = Accepted()
-    module = import_module("lookahead_decoding.decode")
-    plain = module.choose
-
-    def choose(step, trees, samplers, ranks):  # type: ignore[no-untyped-def]
-        choices = plain(step, trees, samplers, ranks)
-        for tree, choice in zip(trees, choices, strict=True):
-            if tree is not None and choice is not None:
-                seen.watch(tree, choice)
-        return choices
-
-    monkeypatch.setattr(module, "choose", choose)
-    return seen
+    with watched() as seen:
+        yield seen

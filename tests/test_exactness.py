@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.drafts import Accepted, right_and_wrong
 
 import lookahead_decoding as ld
-from conftest import ARCHITECTURES, FREE, Accepted, right_and_wrong
+from conftest import ARCHITECTURES, FREE
 
 ALL = ("window", "prompt", "output")
 CONFIGS = {

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from benchmarks.drafts import Accepted, right_and_wrong
 
 import lookahead_decoding as ld
-from conftest import Accepted, right_and_wrong
 from lookahead_decoding.graphs import Compiled, padded
 from lookahead_decoding.memory import memory_of
 from test_exactness import CONFIGS, GREEDY, SAMPLED, WINDOW_ALONE, batch_of, prompt_of

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.drafts import right_and_wrong
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -25,7 +26,6 @@ from transformers import (
 )
 
 import lookahead_decoding as ld
-from conftest import right_and_wrong
 from lookahead_decoding import hf
 from test_exactness import CONFIGS, batch_of, prompt_of
 

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from benchmarks.drafts import Accepted, right_and_wrong
 
 import lookahead_decoding as ld
-from conftest import FREE, Accepted, right_and_wrong
+from conftest import FREE
 from lookahead_decoding import packed
 from test_exactness import GREEDY, SAMPLED, WINDOW_ALONE, batch_of, prompt_of
 

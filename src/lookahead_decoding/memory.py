@@ -17,6 +17,7 @@ class Memory:
         probed: how it evaluates candidates, by what that depends on.
         times: of its steps, by what they depend on.
         free: caches with captured steps that wait for a request.
+        told: what its user was warned of.
         made: copies of the weights and compiled steps, by what they are, each with what it was made from.
     """
 
@@ -24,6 +25,7 @@ class Memory:
         self.probed: dict[object, Any] = {}
         self.times: dict[object, StepTimes] = {}
         self.free: list[Any] = []
+        self.told: set[str] = set()
         self.made: dict[str, tuple[object, Any]] = {}
 
 

@@ -21,9 +21,8 @@ from .rows import Lockstep, RowSteps
 from .tree import TokenTree, build_tree
 from .trees import TreeSteps
 
-STRANGE_WINDOW = re.compile(
-    r"^(?!(use)?_?sliding_window|max_window_layers|chunk_size_feed_forward).*(window|chunk|topk$)"
-)
+WINDOW = "window|chunk|index.*topk"
+STRANGE_WINDOW = re.compile(rf"^(?!(use)?_?sliding_window|max_window_layers|chunk_size_feed_forward).*({WINDOW})")
 """Settings that say a layer does not see every position, other than those we read (docs/decisions/0001)."""
 
 LONGEST = 256
@@ -54,6 +53,20 @@ class Strategy:
     cached_heads: bool = False
     reasons: tuple[str, ...] = ()
     copies: bool = False
+
+    @property
+    def drawback(self) -> str:
+        """What is slower than with a tree and our attention; empty if nothing is."""
+        if self.name == "tree":
+            own = f"steps use the model's own attention ({self.attention}) with a dense mask, for which it may"
+            return "" if self.attention == OURS else f"{own} copy keys and values in every layer"
+        if self.name == "chain":
+            return "a step checks one candidate, by the model's own attention, and a batch is decoded plainly"
+        copies = " and whose keys and values are copied in every step" if self.copies else ""
+        return (
+            f"candidates are up to {PATHS} rows of a batch{copies}, some accepted tokens are computed twice, and a "
+            "batch is decoded plainly"
+        )
 
     @property
     def paths(self) -> int | None:
@@ -127,7 +140,7 @@ def _search(model: PreTrainedModel) -> Strategy | str:
 def _windows(model: PreTrainedModel) -> dict[str, int]:
     """Settings that say how far layers see."""
     config = text_config(model)
-    return {n: v for n, v in vars(config).items() if re.search("window|chunk|topk$", n) and type(v) is int and v > 1}
+    return {n: v for n, v in vars(config).items() if re.search(WINDOW, n) and type(v) is int and v > 1}
 
 
 def _no_tree(model: PreTrainedModel) -> str:
@@ -187,9 +200,8 @@ def _try(model: PreTrainedModel, start: Callable[[], TreeSteps | RowSteps], path
         second = steps.forward([build_tree(left[0], candidates=[left[1:]])])
         ours = torch.cat([accepted, _logits(second, range(len(left)))])
         chain = _logits(_started(start, prompt).forward([build_tree(root, candidates=[[*short, *more]])]), range(5))
-        last = len(chain) - 1
-        again = _started(start, prompt).forward([build_tree(root, candidates=[[*short, *more[:-1], long[0]]])])
-        mixed = (chain - _logits(again, range(5)))[:last].norm()
+        again = _started(start, prompt).forward([build_tree(root, candidates=[long])])
+        mixed = (chain - _logits(again, range(5)))[0].norm()  # of two forwards of one shape and one first row
     except torch.OutOfMemoryError:
         raise
     except (
@@ -210,7 +222,7 @@ def _try(model: PreTrainedModel, start: Callable[[], TreeSteps | RowSteps], path
     bound = (1e-5 if _quantised(model) else 1e-3) * wanted.norm()
     if model.dtype in (torch.bfloat16, torch.float16):
         bound += 3 * rounding + 4 * torch.finfo(model.dtype).eps * wanted.norm()
-    if mixed > max(1e-5, torch.finfo(model.dtype).eps) * wanted.norm():
+    if mixed > max(1e-5, torch.finfo(model.dtype).eps) * wanted[0].norm():
         return (
             "what one row of a forward gives depends on the others, as where activations are quantised together; with "
             "weights quantised alone (for LLM.int8: llm_int8_threshold=0) it may not"

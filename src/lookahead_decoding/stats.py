@@ -28,6 +28,7 @@ class Stats:
         drafted: draft tokens put up for verification.
         rows: nodes fed in steps, padding included.
         plain_steps: steps that fed the current tokens alone.
+        refeeds: forwards in which accepted tokens were computed again, alone, to bring a recurrent state up to date.
         sources: drafts by the name of their source: "suffix" (of prompt and output), "recycled", "window", "shared",
             "own", and "pool" (n-grams of prompt and output with the paper's).
         seconds: time in prefill and in each part of a step, by name.
@@ -41,6 +42,7 @@ class Stats:
     drafted: int = 0
     rows: int = 0
     plain_steps: int = 0
+    refeeds: int = 0
     sources: dict[str, SourceCount] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("prefill", *PHASES), 0.0))
 
@@ -81,7 +83,8 @@ class Stats:
     @property
     def step_compression(self) -> float:
         """Tokens per forward and sequence, prefill included: the paper's S."""
-        return self.tokens / self.sequence_forwards if self.sequence_forwards else 1.0
+        forwards = self.sequence_forwards + self.refeeds
+        return self.tokens / forwards if forwards else 1.0
 
     @property
     def step_seconds(self) -> float:

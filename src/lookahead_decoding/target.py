@@ -64,6 +64,11 @@ class Target:
         strategy = probe(model)
         self._set(model, strategy)
         self.steps: Steps
+        told = memory_of(model).told
+        if strategy.drawback and strategy.drawback not in told:
+            told.add(strategy.drawback)
+            kind = model.config.model_type
+            warnings.warn(f"{kind}: {strategy.drawback}; `lookahead doctor` says why", stacklevel=2)
         if strategy.name != "tree":
             if compile not in ("auto", "off"):
                 raise ValueError(f"compile={compile!r} cannot be: {strategy.reasons[0]}. Leave it out")
@@ -119,6 +124,11 @@ class Target:
     def plain(self) -> bool:
         """Whether it evaluates roots alone: a batch of a model that takes no trees."""
         return isinstance(self.steps, Lockstep)
+
+    @property
+    def refeeds(self) -> int:
+        """Forwards so far in which accepted tokens were computed again, alone."""
+        return self.steps.refeeds
 
     def fit(self, config: LookaheadConfig) -> LookaheadConfig:
         """A configuration whose trees this target can evaluate.

@@ -55,6 +55,8 @@ class TreeSteps:
         captured: the cache with its captures, where steps are captured.
     """
 
+    refeeds = 0
+
     def __init__(
         self,
         model: PreTrainedModel,

@@ -19,6 +19,7 @@ from ..config import LookaheadConfig
 from ..hf import LookaheadDecoding, generate
 from ..profile import device_name
 from ..stats import Stats
+from ..target import Target
 from ..trees import COMPILE
 from .methods import METHODS, Job, make, measure, warm_up
 from .result import SHORT, About, Result
@@ -287,8 +288,8 @@ def step(
             str(one.rows),
             f"{one.ours:.2f}",
             f"{one.ours / first:.2f}",
-            f"{one.stock:.2f}",
-            f"{one.stock / one.ours:.2f}x",
+            "-" if one.stock is None else f"{one.stock:.2f}",
+            "-" if one.stock is None else f"{one.stock / one.ours:.2f}x",
         )
     console = Console(highlight=False)
     console.print(table)
@@ -296,13 +297,18 @@ def step(
     stats = _stats(target, tokenizer, LookaheadDecoding(settings, compile=compile))
     shares = outside_share(stats.seconds)
     outside = 1e3 * sum(s for name, s in stats.seconds.items() if name not in ("prefill", "forward")) / stats.steps
-    commits = commit_times(target)
+    place = Target(target, 8, compile=compile)
+    commits = commit_times(target) if place.strategy.name == "tree" else {}
     held, needed = cache_bytes(target)
     least = ", ".join(f"{machine.milliseconds(n):.2f} ms for {n} rows" for n in sizes)
+    console.print(
+        f"candidates: {place.strategy.name}; attention: {place.attention}; {place.strategy.drawback}".rstrip("; ")
+    )
     console.print(f"the machine allows, roughly (weights read, products computed): {least}")
     console.print("share of a step: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
     console.print(f"outside the forward: {outside:.2f} ms per step of {stats.rows_per_step:.1f} rows")
-    console.print("commit: " + ", ".join(f"{ms:.3f} ms at {length}" for length, ms in commits.items()))
+    if commits:
+        console.print("commit: " + ", ".join(f"{ms:.3f} ms at {length}" for length, ms in commits.items()))
     console.print(f"keys and values: {held:,} bytes for a capacity that needs {needed:,}")
     if json_path is not None:
         content: dict[str, Any] = {
@@ -311,6 +317,7 @@ def step(
             "parameters": sum(p.numel() for p in target.parameters()),
             "dtype": dtype,
             "compile": compile,
+            "strategy": vars(place.strategy),
             "config": _named(config, sources),
             "device": device_name(target.device),
             "threads": torch.get_num_threads(),

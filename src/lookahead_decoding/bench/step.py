@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
@@ -19,16 +20,29 @@ CONTEXTS = (256, 1024, 4096)
 
 @dataclass(frozen=True)
 class StepTime:
-    """Milliseconds of one forward of `rows` rows behind `context` committed tokens, medians of runs taking turns."""
+    """Milliseconds of one forward of `rows` rows behind `context` committed tokens, medians of runs taking turns.
+
+    Attributes:
+        stock: of the same tree through the model's own attention; None for a model that takes no tree.
+    """
 
     rows: int
     context: int
     ours: float
-    stock: float
+    stock: float | None
 
 
-def tree_of(rows: int) -> TokenTree:
-    """A tree of exactly so many rows: a window of up to 15 columns and four rows, and candidates of four tokens."""
+def tree_of(rows: int, paths: int | None = None) -> TokenTree:
+    """A tree of exactly so many rows: a window of up to 15 columns and four rows, and candidates of four tokens.
+
+    Args:
+        paths: candidates at most, which are then as long as it takes; there is no window.
+    """
+    if paths is not None:
+        lengths = [(rows - 1 + i) // paths for i in range(paths)]
+        drafts = [[200 + 97 * i + depth for depth in range(length)] for i, length in enumerate(lengths)]
+        tree = build_tree(5, (), drafts)
+        return TokenTree(tuple(t % 50 for t in tree.tokens), tree.parents)
     width = min(15, rows // 8)
     window = [[10 + 20 * row + column for column in range(width)] for row in range(4)] if width else []
     drafts = [[200 + 7 * i + depth for depth in range(4)] for i in range(rows)]
@@ -112,25 +126,28 @@ def step_times(
     for context in contexts:
         capacity = context + max(rows)
         ours = Target(model, capacity, compile=compile)
-        targets = [ours, Target.with_attention(model, capacity, packed=ours.how == "packed")]
+        paths = ours.strategy.paths
+        targets = [ours]
+        if paths is None:
+            targets.append(Target.with_attention(model, capacity, packed=ours.how == "packed"))
         for target in targets:
             for first in range(0, context, 512):
                 target.prefill([[7] * min(512, context - first)])
                 target.commit([[0]])
         for n in rows:
-            tree = tree_of(n)
+            tree = tree_of(n, paths)
 
             def forward(target: Target, tree: TokenTree = tree) -> None:
                 target.forward([tree]).argmax()
 
-            both = [lambda t=target: forward(t) for target in targets]
-            mine, stock = seconds(both, repeats)
-            yield StepTime(n, context, 1e3 * mine, 1e3 * stock)
+            runs = [partial(forward, target) for target in targets]
+            taken = [1e3 * s for s in seconds(runs, repeats)]
+            yield StepTime(n, context, taken[0], taken[1] if len(taken) > 1 else None)
         del targets, target, ours
 
 
 def commit_times(model: PreTrainedModel, contexts: Sequence[int] = (256, 8192), repeats: int = 50) -> dict[int, float]:
-    """Milliseconds to commit four accepted rows out of 64, by committed tokens."""
+    """Milliseconds to commit four accepted rows out of 64, by committed tokens; of a model that takes trees."""
     tree = tree_of(64)
     path = [0, len(tree) - 9, len(tree) - 7, len(tree) - 3]
     targets = {context: Target(model, context + 64 + 1) for context in contexts}

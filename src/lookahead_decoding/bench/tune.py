@@ -77,7 +77,7 @@ def forward_times(
     target = Target(model, context + max(sizes), compile=compile)
     target.prefill([[7] * context])
     target.commit([[0]])
-    trees = [tree_of(size) for size in sizes]
+    trees = [tree_of(size, target.strategy.paths) for size in sizes]
     taken: list[list[float]] = [[] for _ in sizes]
     for turn in range(repeats + 1):
         for times, tree in zip(taken, trees, strict=True):

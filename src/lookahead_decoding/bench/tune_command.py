@@ -182,6 +182,7 @@ def doctor(
         "steps_run": {"off": "as the model is", "packed": "packed weights", "graphs": "captured", "full": "compiled"}[
             place.how
         ],
+        "candidates": place.strategy.name,
         "attention": _attention(place),
         "profile": "saved by `lookahead tune`"
         if profile.load(place.machine)
@@ -222,7 +223,7 @@ def verdict(speedup: float) -> str:
 
 def _attention(target: Target) -> str:
     if target.attention != OURS:
-        return f"the model's own ({target.attention}), with a mask that is copied for every layer"
+        return f"the model's own ({target.attention})"
     if target.model.device.type == "cuda" and kernel_found():
         return "ours, in Triton"
     return "ours, in PyTorch"
@@ -255,8 +256,6 @@ def advise(model: PreTrainedModel, target: Target, times: dict[int, float], adap
             "few drafts are accepted on the sample: try --prompts with texts like yours; text that never repeats a "
             "phrase, and high temperatures, gain little"
         )
-    if target.attention != OURS:
-        advice.append(
-            "the model takes no attention but its own, so steps are slower than they could be and are not compiled"
-        )
+    if target.strategy.drawback:
+        advice.append(f"{target.strategy.drawback}, because: {'; '.join(target.strategy.reasons)}")
     return advice
