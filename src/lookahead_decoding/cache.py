@@ -19,10 +19,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, LinearAttentionLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
 
-ROOM = 512
-"""Rows of a forward that layers with a window keep room for, beside the window."""
+ROOM = 256
+"""Rows of a tree that layers with a window keep room for, beside the window."""
+
+SLACK = 64
+"""Slots of such layers that are filled before what has left the window makes way; a quarter of a large window."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,7 @@ class Slots:
         self.index: torch.Tensor | None = None
         self.stacks: list[torch.Tensor] = []
         self._layers = 0
+        self._passed = 0  # slots that the rows of this forward leave behind at once
         self._free: dict[str, Iterator[torch.Tensor]] = {}
 
     def expect(self) -> None:
@@ -99,9 +110,21 @@ class Slots:
         held = self.held[self.rows] if self.rows else self.held
         return held.count(held[0]) == len(held)
 
+    @property
+    def chunk(self) -> int:
+        """Rows that always have room."""
+        return self.capacity - (self.window - 1 if self.window else 0)
+
     def make_room(self, rows: int) -> None:
-        """Let go of what has left the window, for sequences that have no slots left for so many rows."""
+        """Let go of what has left the window, for sequences that have no slots left for so many rows.
+
+        Of more rows than have room, which may be a prompt's in sequences that are equally long, the last ones are kept.
+        """
+        self._passed = 0
         if self.window is None:
+            return
+        if rows > self.chunk:
+            self._passed = self.held[0] + rows - self.window
             return
         for b, held in enumerate(self.held):
             if held + rows > self.capacity:
@@ -109,6 +132,32 @@ class Slots:
                 for stack in self.stacks:
                     stack[:, b, :, : self.window - 1] = stack[:, b, :, left:held].clone()
                 self.starts[b] += left
+
+    def write(self, buffer: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """Write the step's rows, (batch, key heads, rows, size), into a buffer, and return its slots in use."""
+        if self.index is not None:
+            sequence = torch.arange(len(states), device=states.device)[:, None]
+            buffer[sequence, :, self.index] = states.transpose(1, 2)
+            return buffer
+        if self.rows is not None:
+            buffer = buffer[self.rows]
+        rows = states.shape[2]
+        end = self.longest + rows
+        if self._passed:
+            whole = torch.cat([buffer[:, :, : end - rows], states], 2)
+            buffer[:, :, : end - self._passed] = whole[:, :, self._passed :]
+            return whole
+        if self.level:
+            buffer[:, :, end - rows : end] = states
+            return buffer[:, :, :end]
+        for b, held in enumerate(self.held):
+            buffer[b, :, held : held + rows] = states[b]
+        return buffer[:, :, :end]
+
+    def settle(self) -> None:
+        """To be called after each forward, before anything of it is committed."""
+        self.starts[:] = [start + self._passed for start in self.starts]
+        self._passed = 0
 
     def keep(self, sequence: int, path: Sequence[int]) -> None:
         """Move the rows of a path to the front of the step's rows."""
@@ -123,8 +172,9 @@ class Slots:
     def spread(self, row: int, rows: int) -> None:
         """Give every sequence the first `rows` rows of the step that one of them has."""
         held = self.held[row]
+        new = slice(max(0, held), held + rows)
         for stack in self.stacks:
-            stack[:, :, :, held : held + rows] = stack[:, row : row + 1, :, held : held + rows].clone()
+            stack[:, :, :, new] = stack[:, row : row + 1, :, new].clone()
 
 
 class TreeCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not typed
@@ -150,7 +200,7 @@ class TreeCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is 
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        return _written(self.slots, self.keys, key_states), _written(self.slots, self.values, value_states)
+        return self.slots.write(self.keys, key_states), self.slots.write(self.values, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.slots.longest + query_length, self.slots.starts[0]
@@ -162,24 +212,6 @@ class TreeCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is 
         return self.slots.capacity
 
 
-def _written(slots: Slots, buffer: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-    """Write the step's rows into a buffer, and return its slots in use."""
-    if slots.index is not None:
-        sequence = torch.arange(len(states), device=states.device)[:, None]
-        buffer[sequence, :, slots.index] = states.transpose(1, 2)
-        return buffer
-    if slots.rows is not None:
-        buffer = buffer[slots.rows]
-    rows = states.shape[2]
-    end = slots.longest + rows
-    if slots.level:
-        buffer[:, :, end - rows : end] = states
-        return buffer[:, :, :end]
-    for b, held in enumerate(slots.held):
-        buffer[b, :, held : held + rows] = states[b]
-    return buffer[:, :, :end]
-
-
 class IndexedTreeCacheLayer(TreeCacheLayer):
     """A layer of indexed sparse attention, which keeps a key per position for its indexer as well."""
 
@@ -187,10 +219,10 @@ class IndexedTreeCacheLayer(TreeCacheLayer):
         """Write the indexer's keys of the step, (batch, rows, size), and return all slots in use."""
         if not hasattr(self, "indexer"):
             self.indexer = self.slots.take("indexer", states[:, None])
-        return _written(self.slots, self.indexer, states[:, None])[:, 0]
+        return self.slots.write(self.indexer, states[:, None])[:, 0]
 
 
-class HybridTreeCacheLayer(TreeCacheLayer, LinearAttentionLayer):  # type: ignore[misc]
+class HybridTreeCacheLayer(TreeCacheLayer, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc]
     """A layer with a recurrent state beside its keys and values."""
 
     def __init__(self, slots: Slots, number_of_states: int) -> None:
@@ -209,7 +241,7 @@ class TreeCache(Cache):  # type: ignore[misc]
         config: of the text model.
         batch: sequences.
         capacity: slots per sequence: its final length plus one tree.
-        room: rows of the largest forward, for layers with a window.
+        room: rows of the largest tree, for layers with a window.
         copies: keep transformers' own layers, as if all were recurrent.
 
     Attributes:
@@ -245,7 +277,7 @@ class TreeCache(Cache):  # type: ignore[misc]
         if window not in self._slots:
             capacity = self.capacity
             if window is not None:
-                capacity = min(capacity, window - 1 + max(self.room, window // 4))
+                capacity = min(capacity, window - 1 + self.room + max(SLACK, window // 4))
             self._slots[window] = Slots(self.lengths, capacity, window if capacity < self.capacity else None)
         return self._slots[window]
 
@@ -256,7 +288,7 @@ class TreeCache(Cache):  # type: ignore[misc]
     @property
     def chunk(self) -> int:
         """Rows of the largest forward that all layers have room for."""
-        return min([self.room for slots in self.all_slots if slots.window is not None], default=self.capacity)
+        return min([slots.chunk for slots in self.all_slots], default=self.capacity)
 
     @property
     def level(self) -> bool:
@@ -274,6 +306,11 @@ class TreeCache(Cache):  # type: ignore[misc]
         for slots in self._slots.values():
             slots.make_room(rows)
 
+    def settle(self) -> None:
+        """To be called after each forward; `commit` and `spread` do."""
+        for slots in self._slots.values():
+            slots.settle()
+
     def take_rows(self, rows: slice | None) -> None:
         """The sequences of the next forwards; None is all of them."""
         for slots in self._slots.values():
@@ -284,6 +321,7 @@ class TreeCache(Cache):  # type: ignore[misc]
 
         An empty path keeps nothing, for a sequence that has ended.
         """
+        self.settle()
         for sequence, path in enumerate(paths):
             for slots in self._slots.values():
                 slots.keep(sequence, path)
@@ -291,6 +329,7 @@ class TreeCache(Cache):  # type: ignore[misc]
 
     def spread(self, row: int, rows: int) -> None:
         """Commit the first `rows` rows of one sequence's step for all sequences."""
+        self.settle()
         if len(self.lengths) > 1:
             for slots in self._slots.values():
                 slots.spread(row, rows)

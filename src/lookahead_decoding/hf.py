@@ -257,7 +257,8 @@ class LookaheadDecoding:
         before = past.get_seq_length()
         longest = before + max(r.limit - r.cached for r in requests)
         rows_of_tree = max_rows(self.config, own_source=self.propose is not None)
-        target = Target(model, capacity=longest + rows_of_tree, batch=len(requests), compile=self.compile)
+        capacity = longest + rows_of_tree
+        target = Target(model, capacity, len(requests), compile=self.compile, max_rows=rows_of_tree)
         if target.switch and len(requests) > 1 and not target.plain and longest > target.switch.position:
             raise ValueError(
                 f"the model's rotary frequencies change at {target.switch.position} tokens, and a sequence of this "

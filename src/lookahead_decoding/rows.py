@@ -81,12 +81,11 @@ class RowSteps:
         """As `Target.prefill`."""
         self._catch_up()
         (prompt,) = prompts
-        size = min(CHUNK, self.cache.chunk)
         first = 0
-        while len(prompt) - first > size:
-            self._feed([list(prompt[first : first + size])], [0])
-            self._advance(size)
-            first += size
+        while len(prompt) - first > CHUNK:
+            self._feed([list(prompt[first : first + CHUNK])], [0])
+            self._advance(CHUNK)
+            first += CHUNK
         rest = list(prompt[first:])
         logits = self._feed([rest], [len(rest) - 1])  # (1, 1, vocab)
         self._advance(len(rest) - 1)

@@ -100,7 +100,8 @@ class TreeSteps:
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> StepLogits:
         """As `Target.prefill`."""
-        size = min(PREFILL_CHUNK, self.cache.chunk)
+        even = self.cache.level and len(set(map(len, prompts))) == 1
+        size = PREFILL_CHUNK if even else min(PREFILL_CHUNK, self.cache.chunk)
         chunks = -(-max(map(len, prompts)) // size)
         for left in reversed(range(chunks)):
             ends = [max(0, len(p) - left * size) for p in prompts]
