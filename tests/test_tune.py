@@ -73,8 +73,11 @@ def test_doctor_says_whether_it_pays(monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_advice_depends_on_what_was_found() -> None:
     model = torch.nn.Linear(2, 2).to(torch.bfloat16)
     model.dtype, model.device = torch.bfloat16, torch.device("cpu")
-    place = SimpleNamespace(model=model, how="full", attention=tune_command.OURS)
+    place = SimpleNamespace(model=model, how="full", strategy=Strategy("tree", tune_command.OURS))
     dear, cheap = {1: 1e-3, 8: 2e-3}, {1: 1e-9, 8: 1e-9}
+    chained = SimpleNamespace(model=model, how="full", strategy=Strategy("chain", "sdpa", reasons=("its own mask",)))
+    trial = Trial("adaptive", (counts(30, 10, 80),), 1.0)
+    assert tune_command.advise(model, chained, cheap, trial)[0].endswith("because: its own mask")
     for times, tokens, wanted in ((cheap, 30, []), (dear, 30, ["8 rows take 2.0"]), (cheap, 10, ["few drafts"])):
         trial = Trial("adaptive", (counts(tokens, 10, 80),), 1.0)
         advice = tune_command.advise(model, place, times, trial)

@@ -56,6 +56,7 @@ class Slots:
         starts: position of the first slot of each sequence; 0 without a window.
         capacity: slots per sequence.
         window: positions that are kept at least.
+        causal: this forward has no mask of ours, so a layer with a window gives out no more than that.
         rows: the sequences of this forward; None is all of them.
         index: in a compiled step, the slot of every row, (batch, rows); otherwise None.
         stacks: buffers of layers of one shape, (layers, batch, key heads, capacity, size).
@@ -66,6 +67,7 @@ class Slots:
         self.starts = [0] * len(lengths)
         self.capacity = capacity
         self.window = window
+        self.causal = False
         self.rows: slice | None = None
         self.index: torch.Tensor | None = None
         self.stacks: list[torch.Tensor] = []
@@ -111,9 +113,14 @@ class Slots:
         return held.count(held[0]) == len(held)
 
     @property
+    def unseen(self) -> int:
+        """Slots that have left the window of every row of this forward."""
+        return max(0, self.longest - (self.window - 1)) if self.window and self.causal else 0
+
+    @property
     def chunk(self) -> int:
         """Rows that always have room."""
-        return self.capacity - (self.window - 1 if self.window else 0)
+        return self.capacity - min(self.window - 1 if self.window else 0, self.capacity)
 
     def make_room(self, rows: int) -> None:
         """Let go of what has left the window, for sequences that have no slots left for so many rows.
@@ -121,7 +128,7 @@ class Slots:
         Of more rows than have room, which may be a prompt's in sequences that are equally long, the last ones are kept.
         """
         self._passed = 0
-        if self.window is None:
+        if self.window is None or (max(self.held) + rows <= self.capacity):
             return
         if rows > self.chunk:
             self._passed = self.held[0] + rows - self.window
@@ -146,10 +153,10 @@ class Slots:
         if self._passed:
             whole = torch.cat([buffer[:, :, : end - rows], states], 2)
             buffer[:, :, : end - self._passed] = whole[:, :, self._passed :]
-            return whole
+            return whole[:, :, self.unseen :]
         if self.level:
             buffer[:, :, end - rows : end] = states
-            return buffer[:, :, :end]
+            return buffer[:, :, self.unseen : end]
         for b, held in enumerate(self.held):
             buffer[b, :, held : held + rows] = states[b]
         return buffer[:, :, :end]
@@ -203,7 +210,8 @@ class TreeCacheLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is 
         return self.slots.write(self.keys, key_states), self.slots.write(self.values, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.slots.longest + query_length, self.slots.starts[0]
+        slots = self.slots
+        return slots.longest - slots.unseen + query_length, slots.starts[0] + slots.unseen
 
     def get_seq_length(self) -> int:
         return max(self.slots.lengths)
@@ -278,12 +286,17 @@ class TreeCache(Cache):  # type: ignore[misc]
             capacity = self.capacity
             if window is not None:
                 capacity = min(capacity, window - 1 + self.room + max(SLACK, window // 4))
-            self._slots[window] = Slots(self.lengths, capacity, window if capacity < self.capacity else None)
+            self._slots[window] = Slots(self.lengths, capacity, window)
         return self._slots[window]
 
     @property
     def all_slots(self) -> list[Slots]:
         return list(self._slots.values())
+
+    @property
+    def unseen(self) -> int:
+        """Slots that have left the window of every row of this forward."""
+        return max(0, self.longest - (self.window - 1)) if self.window and self.causal else 0
 
     @property
     def chunk(self) -> int:
@@ -363,7 +376,8 @@ class TreeCache(Cache):  # type: ignore[misc]
         """
         self.lengths[:] = [len(slots) for slots in rows]
         for window, slots in self._slots.items():
-            slots.starts[:] = [max(0, n - window) if slots.window and window else 0 for n in self.lengths]
+            room = slots.capacity < self.capacity
+            slots.starts[:] = [max(0, n - window) if window and room else 0 for n in self.lengths]
         for layer, other in zip(self.layers, past.layers, strict=True):
             if layer in self.stateful:
                 vars(layer).update(copy.deepcopy(_state(other)))

@@ -119,6 +119,8 @@ def evaluate(
     """
     for slots, index in zip(cache.all_slots, indices or (), strict=bool(indices)):
         slots.index = index
+    for slots in cache.all_slots:
+        slots.causal = not masks
     options: dict[str, Any] = {} if keep is None else {"logits_to_keep": keep}
     if positions is not None:
         options["position_ids"] = positions
