@@ -97,7 +97,9 @@ HALF_RECURRENT = ["linear_attention", "full_attention"] * 2
 
 # What the table above or the kinds of layers of the default configuration get wrong, by the configuration's type.
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "apertus": {"initializer_range": 1.0},
     "bamba": {"attn_layer_indices": [1, 3]},
+    "bloom": {"initializer_range": 1.0},
     "blt_local_decoder": {"hidden_size_global": WIDTH},
     "blt_local_encoder": {"hidden_size_global": WIDTH},
     "blt": {"vocab_size": 260, "encoder_hash_byte_group_vocab": 100},
@@ -128,6 +130,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "dots3_note_vision_encoder": {"adapter_in_dim": WIDTH, "adapter_out_dim": WIDTH},
     "dots3_note_audio_encoder": {"adapter_input_size": WIDTH, "adapter_out_dim": WIDTH},
+    "flint": {"hidden_size": 64},
     "gemma3n_text": {"intermediate_size": 48, "num_kv_shared_layers": 2, "laurel_rank": 8},
     "gemma4_text": {"global_head_dim": 16, "num_kv_shared_layers": 2},
     "gemma4_unified_text": {"global_head_dim": 16, "num_kv_shared_layers": 2},
@@ -145,6 +148,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": {"num_layers": 2, "zero_expert_num": 2},
     "mamba2": {"num_heads": 8},
+    "marian": {"init_std": 0.1},
     "mellum": {"layer_types": HALF_SLIDING},
     "minicpm3": {"dim_model_base": WIDTH},
     "minimax_m3_vl_text": {
@@ -156,8 +160,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "ministral": {"head_dim": 8},
     "mpt": {"use_cache": True},
+    "nanochat": {"initializer_range": 1.0},
     "nemotron": {"num_key_value_heads": 2},
-    "nemotron_h": {"hybrid_override_pattern": "ME*-ME*-", "time_step_min": 1e-9},  # as zamba2
+    "nemotron_h": {"hybrid_override_pattern": "ME*-ME*-", "time_step_min": 1e-9, "initializer_range": 0.1},
+    "olmo2": {"hidden_size": 64},
     "phi4_multimodal": {"eos_token_id": 2},
     "phi4_multimodal_audio": {
         "num_blocks": 2,
@@ -191,6 +197,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "zamba2": {"time_step_min": 1e-9},  # a prompt's steps are not made shorter than this, but those of one token are
     "zaya": {
+        "initializer_range": 1.0,
         "layer_types": ["hybrid_sliding", "hybrid"] * 2,
         "sliding_window": 16,
         "num_experts_per_tok": 1,
@@ -198,8 +205,22 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
 }
 
-# Where weights of that size leave the text without variety, or are not made by that field: what multiplies matrices.
-FACTORS: dict[str, float] = {}
+# What multiplies the matrices of a configuration's type whose text repeats itself with weights of that size, or whose
+# weights are made by another field.
+FACTORS: dict[str, float] = {
+    name: factor
+    for factor, names in (
+        (0.2, "bert big_bird camembert electra ernie git rembert roberta roc_bert trocr xlm-roberta bert-generation"),
+        (0.3, "blenderbot-small data2vec-text xmod"),
+        (0.5, "bloom flint marian"),
+        (0.7, "mamba2"),
+        (1.5, "cohere2"),
+        (2.0, "biogpt fuyu minicpm3 olmo2 zaya"),
+        (3.0, "flex_olmo modernbert-decoder recurrent_gemma roformer rwkv xlm-roberta-xl"),
+        (5.0, "apertus nemotron_h plbart"),
+    )
+    for name in names.split()
+}
 
 
 def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
@@ -220,7 +241,7 @@ def tiny_model(model_type: str, **changes: Any) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(tiny_config(model_type, **changes), dtype=torch.float32).eval()
-        _stir(model, FACTORS.get(model_type, 1.0))
+        _stir(model, FACTORS.get(model.config.model_type, 1.0))
     return model
 
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 if not shutil.which("nvidia-smi"):  # before anything imports triton: without a GPU its interpreter runs the kernels

@@ -135,6 +135,7 @@ FAMILIES = {
     "paligemma": Family(of({**LLAMA, "model_type": "gemma"}, SIGLIP, **PALIGEMMA), 16, aligned=prefix),
     "mllama": Family(of(CROSS, MLLAMA_TOWER, image_token_index=VOCAB), 1, tiles, cross, token=VOCAB),
 }
+WORKING = tuple(name for name in FAMILIES if name != "mllama")
 PLAIN = {"max_new_tokens": 60, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
 MODES = {"greedy": PLAIN, "sampled": {**PLAIN, "do_sample": True, "temperature": 0.8}}
 WINDOW_ALONE = ld.LookaheadConfig.paper(4, 3, 0)  # so that all candidates are the test's own
@@ -168,7 +169,7 @@ ONE = [5, 12, 19, START, -1, END, 40, 47]
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", WORKING)
 def test_an_image_goes_in_with_the_prompt(name: str, mode: str, accepted: Accepted) -> None:
     model, inputs, options = model_of(name), prompts_of(name, [ONE]), MODES[mode]
     torch.manual_seed(3)
@@ -183,6 +184,11 @@ def test_an_image_goes_in_with_the_prompt(name: str, mode: str, accepted: Accept
     assert decoding.stats.mean_acceptance_length > 1.5
 
 
+def test_an_input_that_every_step_would_need_is_refused() -> None:
+    with pytest.raises(ValueError, match="cross_attention_mask: lookahead decoding gives its steps no such input"):
+        ld.generate(model_of("mllama"), **prompts_of("mllama", [ONE]), **PLAIN)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_text_alone_needs_no_image(name: str, accepted: Accepted) -> None:
     model, ids = model_of(name), torch.tensor([[5, 9, 33, 21, 60]])
@@ -193,7 +199,7 @@ def test_text_alone_needs_no_image(name: str, accepted: Accepted) -> None:
     assert accepted.kinds == {"full", "partial", "none"}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", WORKING)
 def test_prompts_of_a_batch_have_an_image_each(name: str, accepted: Accepted) -> None:
     model, inputs = model_of(name), prompts_of(name, [ONE, [3, 4, 5, 6, 7, *ONE, 8]])
     plain = model.generate(**inputs, **PLAIN).tolist()
@@ -207,26 +213,25 @@ def test_prompts_of_a_batch_have_an_image_each(name: str, accepted: Accepted) ->
     assert accepted.kinds == {"full", "partial", "none"}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", WORKING)
 def test_padding_in_front_of_all_prompts_changes_nothing(name: str) -> None:
     model, inputs = model_of(name), prompts_of(name, [[0, 0, 0, *ONE]])
     assert ld.generate(model, **inputs, **PLAIN).tolist() == model.generate(**inputs, **PLAIN).tolist()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", WORKING)
 def test_a_prompt_may_end_with_its_image(name: str) -> None:
     model, inputs = model_of(name), prompts_of(name, [[5, 12, -1]])
     assert ld.generate(model, **inputs, **PLAIN).tolist() == model.generate(**inputs, **PLAIN).tolist()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", WORKING)
 def test_a_conversation_goes_on_behind_its_image(name: str) -> None:
-    model, inputs = model_of(name), prompts_of(name, [ONE])
-    texts = []
+    model, texts = model_of(name), []
     for generate in (model.generate, lambda **options: ld.generate(model, **options)):
         past = DynamicCache(config=model.config.get_text_config(decoder=True))
-        first = generate(**inputs, past_key_values=past, **{**PLAIN, "max_new_tokens": 5})
+        first = generate(**prompts_of(name, [ONE]), past_key_values=past, **{**PLAIN, "max_new_tokens": 5})
         ids = torch.cat([first, torch.tensor([[11, 12, 13]])], 1)
-        aligned = cross(ids) if name == "mllama" else {}
-        texts.append(generate(input_ids=ids, past_key_values=past, **aligned, **PLAIN).tolist())
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        texts.append(generate(**inputs, past_key_values=past, **PLAIN).tolist())
     assert texts[0] == texts[1]

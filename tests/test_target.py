@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+import lookahead_decoding as ld
 from conftest import ARCHITECTURES
 from lookahead_decoding import Target, TokenTree, build_tree
 from lookahead_decoding.evaluate import OURS
@@ -110,11 +111,26 @@ def test_a_model_without_a_cache_of_text_is_refused_by_name() -> None:
             Target(model, capacity=40)
 
 
-def test_a_window_of_a_kind_that_is_not_known_allows_no_tree() -> None:
-    settings = {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 600}
-    target = Target(made("gpt_neo", vocab_size=64, hidden_size=32, **settings), capacity=40)
-    assert target.strategy.name == "chain"
-    assert "window_size, which says" in target.strategy.reasons[0]
+NEO = {"vocab_size": 64, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "initializer_range": 0.3}
+NEO |= {"attention_types": [[["global", "local"], 1]], "max_position_embeddings": 512}
+
+
+def test_a_short_window_of_an_unknown_kind_is_passed_by_the_probe() -> None:
+    assert Target(made("gpt_neo", **NEO, window_size=16), capacity=40).strategy.name == "chain"
+
+
+def test_past_a_long_window_of_an_unknown_kind_steps_are_plain() -> None:
+    model = made("gpt_neo", **NEO, window_size=300)
+    ids, options = torch.arange(3, 43)[None], {"max_new_tokens": 400, "eos_token_id": None, "do_sample": False}
+    plain = model.generate(ids, **options)
+    config = ld.LookaheadConfig(sources=(), step_times=((1, 1.0),), max_rows=8)
+    decoding = ld.LookaheadDecoding(config, propose=lambda text: [plain[0, len(text) : len(text) + 4].tolist()])
+    with pytest.warns(UserWarning, match="candidates are checked up to 300 tokens"):
+        assert torch.equal(ld.generate(model, ids, lookahead=decoding, **options), plain)
+    assert Target(model, capacity=40).strategy.horizon == 300
+    assert 100 < decoding.stats.accepted < 300 - 40
+    batch = ids.repeat(2, 1)
+    assert torch.equal(ld.generate(model, batch, **options), model.generate(batch, **options))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -11,6 +11,7 @@ import torch
 from lookahead_decoding import Stats, cli, profile
 from lookahead_decoding.bench import tune_command
 from lookahead_decoding.bench.tune import Trial, Tuning
+from lookahead_decoding.probe import Strategy
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:

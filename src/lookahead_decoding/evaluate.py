@@ -89,6 +89,15 @@ def as_written(model: PreTrainedModel) -> AbstractContextManager[None]:
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
+def first_position(model: PreTrainedModel) -> int:
+    """The position of a text's first token; a few models count from 1."""
+    if "position_ids" not in parameters_of(model):
+        return 0
+    zero = torch.zeros(1, 1, dtype=torch.long, device=device_of(model))
+    inputs = model.prepare_inputs_for_generation(zero, attention_mask=zero + 1, position_ids=zero, use_cache=True)
+    return int(inputs["position_ids"].max())
+
+
 @contextmanager
 def attention_in_force(config: Any, attention: str) -> Iterator[None]:
     """Let a model of this configuration use an attention inside the `with` block."""

@@ -426,7 +426,9 @@ def _refuse(model: PreTrainedModel, config: GenerationConfig, model_kwargs: dict
             raise ValueError(f"{name}={value!r}: lookahead decoding brings its own cache and step; leave it out")
     for name, value in model_kwargs.items():
         if name not in _MODEL_INPUTS | _PROMPT_INPUTS and value is not None and value is not False:
-            raise ValueError(f"{name}: lookahead decoding takes token ids, an attention mask and images; leave it out")
+            raise ValueError(
+                f"{name}: lookahead decoding gives its steps no such input; leave it out, or use model.generate"
+            )
 
 
 @dataclass(frozen=True)

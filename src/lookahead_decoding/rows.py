@@ -17,13 +17,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from .cache import TreeCache
 from .choose import StepLogits
-from .evaluate import as_written, device_of, evaluate, parameters_of, text_config
+from .evaluate import as_written, device_of, evaluate, first_position, parameters_of, text_config
 from .tree import TokenTree
 
 REFED = 16
@@ -66,7 +67,7 @@ class RowSteps:
         self._fed: list[list[int]] = []  # nodes of each row of the last forward
         self._tree = TokenTree((0,), (-1,))
         self._width = 0  # tokens of each row of the last forward
-        self._shift = 0  # from slots to positions
+        self._shift = np.array(first_position(model))  # from slots to positions, () or (planes,)
 
     @property
     def lengths(self) -> list[int]:
@@ -92,11 +93,11 @@ class RowSteps:
         self._await_root()
         return StepLogits(logits, (0,))
 
-    def resume(self, past: Cache, rows: Sequence[Sequence[int]], shifts: Sequence[int]) -> None:
+    def resume(self, past: Cache, rows: Sequence[Sequence[int]], shifts: np.ndarray) -> None:
         """As after a prefill whose keys, values and states another cache holds."""
         self.load(past, rows)
         self.cache.lengths[:] = [length - 1 for length in self.cache.lengths]
-        self._saved, self._pending, self._shift = None, [], shifts[0]
+        self._saved, self._pending, self._shift = None, [], shifts[..., 0]
         self._await_root()
 
     def _await_root(self) -> None:
@@ -174,8 +175,8 @@ class RowSteps:
         self.cache.make_room(ids.shape[1])
         positions = None
         if self._takes_positions:
-            first = self.cache.lengths[0] + self._shift
-            positions = torch.arange(first, first + ids.shape[1], device=device).expand(ids.shape)
+            row = np.arange(ids.shape[1]) + self.cache.lengths[0] + self._shift[..., None]  # (..., tokens)
+            positions = torch.from_numpy(row).to(device).unsqueeze(-2).expand(*row.shape[:-1], *ids.shape)
         self.cache.take_rows(slice(0, len(rows)))
         kept = torch.tensor(list(keep))
         with as_written(self.model):
@@ -200,7 +201,8 @@ class Lockstep:
         self._mask = torch.zeros(batch, 0, dtype=torch.long)
         pad = model.generation_config.pad_token_id
         self._pad = pad if isinstance(pad, int) else 0
-        self.shifts = [0] * batch  # from slots to positions
+        self.shifts = np.zeros(batch, dtype=np.int64)  # from slots to the positions that the model is asked about
+        self.seen = self.shifts  # and to those that it then uses, (batch,) or (planes, batch)
 
     def prefill(self, prompts: Sequence[Sequence[int]], inputs: Mapping[str, Any] | None = None) -> StepLogits:
         """As `Target.prefill`, in one forward."""
@@ -210,10 +212,11 @@ class Lockstep:
         mask = torch.ones(len(prompts), width, dtype=torch.long)
         for row, n in enumerate(missing):
             mask[row, :n] = 0
-        logits = self._feed(torch.tensor(ids), mask, inputs or {}, first=True)
-        if inputs and "position_ids" in inputs:
-            last = inputs["position_ids"][..., -1].reshape(-1, len(prompts)).amax(0).tolist()
-            self.shifts = [end + 1 - int(n) for end, n in zip(last, self._mask.sum(1), strict=True)]
+        own = {  # of what has a value per token, padding in front of all prompts is left out
+            name: value[..., -width:] if name.endswith(("type_ids", "position_ids")) else value
+            for name, value in (inputs or {}).items()
+        }
+        logits = self._feed(torch.tensor(ids), mask, own, first=True)
         self.lengths = [length + len(p) - 1 for length, p in zip(self.lengths, prompts, strict=True)]
         return logits
 
@@ -243,7 +246,8 @@ class Lockstep:
     def _feed(self, ids: torch.Tensor, mask: torch.Tensor, inputs: Mapping[str, Any], first: bool) -> StepLogits:
         device = device_of(self.model)
         self._mask = torch.cat([self._mask, mask], 1)
-        positions = (self._mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :] + torch.tensor(self.shifts)[:, None]
+        slots = (self._mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        positions = slots + torch.from_numpy(self.shifts)[..., None]
         takes_positions = "position_ids" in parameters_of(self.model)
         prepared = self.model.prepare_inputs_for_generation(
             ids.to(device),
@@ -253,6 +257,10 @@ class Lockstep:
             is_first_iteration=first,
             **({"position_ids": positions.to(device)} if takes_positions else {}) | dict(inputs),
         )
+        if takes_positions:
+            self.seen = (prepared["position_ids"][..., -1].cpu() - slots[:, -1]).numpy()
+        if "position_ids" in inputs:
+            self.shifts = (inputs["position_ids"][..., -1].cpu() - slots[:, -1]).numpy()
         with as_written(self.model):
             output = self.model(**prepared, return_dict=True)
         self.cache = getattr(output, "past_key_values", None) or self.cache

@@ -62,16 +62,16 @@ class Target:
             raise ValueError(f"compile must be one of {', '.join(COMPILE)}, got {compile!r}")
         model = unwrapped(model)
         strategy = probe(model)
-        self._set(model, strategy)
+        self._set(model, strategy, max_rows)
         self.steps: Steps
         told = memory_of(model).told
         if strategy.drawback and strategy.drawback not in told:
             told.add(strategy.drawback)
             kind = model.config.model_type
             warnings.warn(f"{kind}: {strategy.drawback}; `lookahead doctor` says why", stacklevel=2)
-        if strategy.name != "tree":
+        if strategy.name != "tree" or (strategy.horizon is not None and batch > 1):
             if compile not in ("auto", "off"):
-                raise ValueError(f"compile={compile!r} cannot be: {strategy.reasons[0]}. Leave it out")
+                raise ValueError(f"compile={compile!r} cannot be: {strategy.drawback}. Leave it out")
             if batch == 1:
                 self.steps = RowSteps(model, capacity, strategy.paths or 1, max_rows, copies=strategy.copies)
             else:
@@ -97,11 +97,12 @@ class Target:
         target.steps = TreeSteps(model, capacity, 1, attention, "packed" if packed else "off", ROOM)
         return target
 
-    def _set(self, model: PreTrainedModel, strategy: Strategy) -> None:
+    def _set(self, model: PreTrainedModel, strategy: Strategy, max_rows: int = ROOM) -> None:
         self.model = model
         self.config = text_config(model)
         self.strategy = strategy
         self.switch = switch_of(model)
+        self._max_rows = max_rows
         self._text: list[int] | None = []  # of a single sequence; None where its beginning is not known
         self._tree: TokenTree | None = None
 
@@ -149,6 +150,8 @@ class Target:
 
     def reach(self, root: int) -> int:
         """How deep a tree may be whose root stands at a position."""
+        if self.strategy.horizon is not None and root + self._max_rows > self.strategy.horizon:
+            return 0
         return self.switch.reach(root) if self.switch else 1 << 30
 
     def step_times(self, config: LookaheadConfig) -> StepTimes:
@@ -216,7 +219,7 @@ class Target:
             plain.load(plain.cache, [range(before)])
         logits = plain.prefill(prompts, inputs)
         rows = [[*range(before), *range(before + width - len(p), before + width)] for p in prompts]
-        self.steps.resume(plain.cache, rows, plain.shifts)
+        self.steps.resume(plain.cache, rows, plain.seen)
         return logits
 
     def _anew(self) -> StepLogits:
@@ -228,7 +231,7 @@ class Target:
         assert not isinstance(self.steps, Lockstep)
         plain = Lockstep(self.model, 0, 1)
         logits = plain.prefill([self._text])
-        self.steps.resume(plain.cache, [range(len(self._text))], [0])
+        self.steps.resume(plain.cache, [range(len(self._text))], plain.seen)
         return logits
 
     def forward(self, trees: Sequence[TokenTree | None]) -> StepLogits:

@@ -18,7 +18,17 @@ from transformers.cache_utils import Cache
 from .attention import LENGTH, dense_mask, encode_rows
 from .cache import Span, TreeCache
 from .choose import StepLogits
-from .evaluate import OURS, Masks, as_written, attention_in_force, device_of, evaluate, parameters_of, text_config
+from .evaluate import (
+    OURS,
+    Masks,
+    as_written,
+    attention_in_force,
+    device_of,
+    evaluate,
+    first_position,
+    parameters_of,
+    text_config,
+)
 from .graphs import PACKED, Compiled, StepGraphs, padded, vary
 from .memory import memory_of
 from .packed import PackedLinears, copied_bytes, version_of, why_not
@@ -86,7 +96,7 @@ class TreeSteps:
         self._keep_index = "logits_to_keep" in parameters_of(model)
         self._dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         self._cached_heads = cached_heads
-        self._shifts = [0] * batch  # from slots to positions
+        self._shifts = np.full(batch, first_position(model))  # from slots to positions, (batch,) or (planes, batch)
         self._folds: dict[str, int] = {}
 
     @property
@@ -126,7 +136,7 @@ class TreeSteps:
         """Logits of tokens in a row, by the model's own attention; all sequences are equally far."""
         nodes = max(map(len, parts))
         ids = np.array([[*p, *[0] * (nodes - len(p))] for p in parts])  # padding on the right is never seen
-        positions = np.arange(nodes) + np.add(self.lengths, self._shifts)[:, None]
+        positions = np.arange(nodes) + np.array(self.lengths)[:, None] + self._shifts[..., None]
         self.cache.make_room(nodes)
         return self._call(ids, positions, {}, keep)
 
@@ -153,11 +163,11 @@ class TreeSteps:
         """As `Target.commit`."""
         self.cache.commit(paths)
 
-    def resume(self, past: Cache, rows: Sequence[Sequence[int]], shifts: Sequence[int]) -> None:
+    def resume(self, past: Cache, rows: Sequence[Sequence[int]], shifts: np.ndarray) -> None:
         """As after a prefill whose keys and values another cache holds."""
         self.cache.load(past, rows)
         self.cache.lengths[:] = [length - 1 for length in self.lengths]
-        self._shifts = list(shifts)
+        self._shifts = shifts
 
     def load(self, past: Cache, rows: Sequence[Sequence[int]]) -> None:
         """As `Target.load`."""
@@ -168,14 +178,14 @@ class TreeSteps:
         self.cache.store(past, starts, share=self.captured is None)
 
     def _inputs(self, trees: Sequence[TokenTree | None], nodes: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token and position ids, (batch, nodes)."""
+        """Token ids, (batch, nodes), and positions, of a model with several planes of them (planes, batch, nodes)."""
         ids = np.zeros((len(trees), nodes), dtype=np.int64)
-        positions = np.add(self.lengths, self._shifts)[:, None].repeat(nodes, 1)
+        positions = np.array(self.lengths)[:, None].repeat(nodes, 1)
         for b, tree in enumerate(trees):
             if tree is not None:
                 ids[b, : len(tree)] = tree.tokens
                 positions[b, : len(tree)] += tree.depths
-        return ids, positions
+        return ids, positions + self._shifts[..., None]
 
     def _forward(
         self, trees: Sequence[TokenTree | None], nodes: int, keep: list[int], compiled: Compiled | None
