@@ -26,11 +26,10 @@ def compare(model: Any, accepted: Accepted) -> None:
     assert accepted.kinds == {"full", "partial", "none"}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_torchao_weights_are_exact(bits: int, dtype: torch.dtype, accepted: Accepted) -> None:
+def test_torchao_weights_are_exact(bits: int, accepted: Accepted) -> None:
     quantization = pytest.importorskip("torchao.quantization")
-    model = tiny_model("llama", **WIDE).to(dtype)
+    model = tiny_model("llama", **WIDE)
     weights = getattr(torch, f"int{bits}")
     quantization.quantize_(model, quantization.IntxWeightOnlyConfig(weight_dtype=weights))
     compare(model, accepted)
@@ -54,9 +53,7 @@ def test_bitsandbytes_without_outliers_is_exact(tmp_path: Path, accepted: Accept
 def test_outliers_that_depend_on_other_rows_are_found(tmp_path: Path) -> None:
     """LLM.int8 takes the columns out in which any row is large, so one row changes another's rounding."""
     model = loaded(saved(tmp_path), llm_int8_threshold=1.0)
-    with pytest.raises(
-        ValueError, match=r"what one row of a forward gives depends on the others.*llm_int8_threshold=0"
-    ):
+    with pytest.raises(ValueError, match=r"gives depends on the others.*llm_int8_threshold=0"):
         ld.generate(model, IDS, **OPTIONS)
 
 

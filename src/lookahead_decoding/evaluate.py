@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import sdpa_mask
 
 from .attention import attend
@@ -94,8 +95,16 @@ def first_position(model: PreTrainedModel) -> int:
     if "position_ids" not in parameters_of(model):
         return 0
     zero = torch.zeros(1, 1, dtype=torch.long, device=device_of(model))
-    inputs = model.prepare_inputs_for_generation(zero, attention_mask=zero + 1, position_ids=zero, use_cache=True)
-    return int(inputs["position_ids"].max())
+    inputs = model.prepare_inputs_for_generation(
+        zero,
+        past_key_values=DynamicCache(config=text_config(model)),
+        attention_mask=zero + 1,
+        position_ids=zero,
+        use_cache=True,
+        is_first_iteration=True,
+    )
+    positions = inputs.get("position_ids")
+    return 0 if positions is None else int(positions.max())
 
 
 @contextmanager

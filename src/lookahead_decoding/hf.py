@@ -107,6 +107,9 @@ GENERATE_PARAMETERS: dict[str, str] = {
 _MODEL_INPUTS = frozenset({"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"})
 # What belongs to the prompt alone: images, sounds and where they stand.
 _PROMPT_INPUTS = frozenset(MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL) | {
+    *"image_position_ids video_position_ids num_frames_per_video batch_num_images vision_aspect_ratio".split(),
+    *"vision_feature_layer vision_feature_select_strategy spatial_shapes image_merge_sizes video_merge_sizes".split(),
+    *"image_num_crops image_grid_hw target_sizes target_sizes_videos interpolate_pos_encoding".split(),
     "image_grid_thw",
     "video_grid_thw",
     "second_per_grid_ts",

@@ -30,6 +30,9 @@ from .tree import TokenTree
 REFED = 16
 """Accepted tokens that are fed again ahead of a step's own; more of them go alone."""
 
+PER_TOKEN = ("position_ids", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+"""Inputs that have a value per token of the text."""
+
 CHUNK = 2048
 """Tokens of a prompt in one forward."""
 
@@ -212,10 +215,8 @@ class Lockstep:
         mask = torch.ones(len(prompts), width, dtype=torch.long)
         for row, n in enumerate(missing):
             mask[row, :n] = 0
-        own = {  # of what has a value per token, padding in front of all prompts is left out
-            name: value[..., -width:] if name.endswith(("type_ids", "position_ids")) else value
-            for name, value in (inputs or {}).items()
-        }
+        columns = self._mask.shape[1] + width  # padding in front of all prompts is left out
+        own = {name: v[..., -columns:] if name in PER_TOKEN else v for name, v in (inputs or {}).items()}
         logits = self._feed(torch.tensor(ids), mask, own, first=True)
         self.lengths = [length + len(p) - 1 for length, p in zip(self.lengths, prompts, strict=True)]
         return logits

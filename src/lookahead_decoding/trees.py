@@ -149,7 +149,7 @@ class TreeSteps:
             roots = [tree.tokens if tree is not None else () for tree in trees]
             with self._weights:
                 return StepLogits(self._causal(roots, keep), tuple(keep))
-        if self.captured is None:
+        if self.captured is None or self._shifts.ndim > 1:  # what is captured has one plane of positions
             with self._weights:
                 return StepLogits(self._forward(trees, nodes, keep, self._compiled), tuple(keep))
         self.cache.make_room(padded(nodes))
