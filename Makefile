@@ -2,7 +2,10 @@
 PYTHON ?= python3
 RUN = .venv/bin
 
-.PHONY: demo test lint all
+# The oldest version of transformers that is supported, beside the newest, which is in .venv.
+OLDEST = 5.16.0
+
+.PHONY: demo test test-oldest lint format
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -14,6 +17,16 @@ demo: .venv/.installed  ## watch pocket write Python, plain and with lookahead d
 
 test: .venv/.installed  ## the whole test suite; DATA=folder adds the tests that need data sets and models
 	$(RUN)/pytest -n 2 $(if $(DATA),--data=$(DATA))
+
+.oldest/.installed: .venv/.installed
+	rm -rf .oldest
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --target .oldest --no-deps transformers==$(OLDEST)
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --target .oldest 'huggingface-hub>=1.5,<2'
+	touch $@
+
+test-oldest: .oldest/.installed  ## the tests of exactness with the oldest supported transformers
+	PYTHONPATH=.oldest $(RUN)/pytest -n 2 $(if $(DATA),--data=$(DATA)) tests/test_exactness.py tests/test_hf.py \
+		tests/test_image_text.py tests/test_models.py tests/test_rope.py tests/test_target.py
 
 lint: .venv/.installed
 	$(RUN)/ruff check .

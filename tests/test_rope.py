@@ -52,6 +52,8 @@ def prompt_of(length: int) -> torch.Tensor:
 @pytest.mark.parametrize("length", [10, SWITCH - 1, SWITCH, SWITCH + 1, 70])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_text_is_that_of_generate_on_both_sides(kind: str, length: int) -> None:
+    if length <= SWITCH and switch_of(fresh(kind)).forgets:
+        pytest.skip("generate itself forgets the text here in this version")
     ids, options = prompt_of(length), {"max_new_tokens": 60, "eos_token_id": None, "do_sample": False}
     plain = fresh(kind).generate(ids, **options)[0].tolist()
     decoding = ld.LookaheadDecoding(ld.LookaheadConfig(step_times=FREE), propose=right_and_wrong(plain))
@@ -73,6 +75,8 @@ def test_a_chunk_of_the_prompt_does_not_cross(kind: str, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(("before", "more"), [(20, 5), (20, 40), (50, 20)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cache_goes_on_across_the_switch(kind: str, before: int, more: int) -> None:
+    if before <= SWITCH and switch_of(fresh(kind)).forgets:
+        pytest.skip("generate itself forgets the text here in this version")
     ids, options = prompt_of(before + more), {"max_new_tokens": 30, "eos_token_id": None, "do_sample": False}
     texts = []
     for way in (lambda model, *a, **k: model.generate(*a, **k), ld.generate):
@@ -82,6 +86,19 @@ def test_a_cache_goes_on_across_the_switch(kind: str, before: int, more: int) ->
             model(ids[:, :before], past_key_values=cache)
         texts.append(way(model, ids, past_key_values=cache, **options)[0].tolist())
     assert texts[0] == texts[1]
+
+
+def test_a_model_that_forgets_its_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = fresh("longrope"), prompt_of(20)
+    before = model.prepare_inputs_for_generation
+    monkeypatch.setattr(  # as Phi-3 in transformers 5.16
+        model,
+        "prepare_inputs_for_generation",
+        lambda ids, **kwargs: before(ids, **kwargs | ({"past_key_values": None} if ids.shape[1] > SWITCH else {})),
+    )
+    assert ld.generate(model, ids, max_new_tokens=10, eos_token_id=None).shape == (1, 30)
+    with pytest.raises(ValueError, match="change at 40 tokens, where this version of transformers forgets the text"):
+        ld.generate(model, ids, max_new_tokens=40)
 
 
 def test_a_batch_that_comes_to_the_switch_is_refused() -> None:
@@ -95,7 +112,8 @@ def test_what_a_configuration_says_of_its_switch(tiny: Callable[..., torch.nn.Mo
     assert switch_of(tiny("llama")) is None
     assert switch_of(fresh("dynamic")) == Switch(SWITCH, plain_after=True, renews=False)
     assert switch_of(fresh("longrope")) == Switch(SWITCH, plain_after=False, renews=False)
-    assert switch_of(fresh("longrope, computed anew")) == Switch(SWITCH, plain_after=False, renews=True)
+    anew = switch_of(fresh("longrope, computed anew"))
+    assert anew == Switch(SWITCH, plain_after=False, renews=not anew.forgets, forgets=anew.forgets)
 
 
 def test_no_tree_crosses() -> None:

@@ -161,7 +161,7 @@ def test_our_attention_is_used_where_it_is_exact_and_only_during_our_steps(
     tiny: Callable[..., torch.nn.Module],
 ) -> None:
     assert Target(tiny("llama"), capacity=40).attention == OURS
-    model = tiny("gemma2")
+    model = tiny("gemma3_text")
     before = model.config._attn_implementation
     target = Target(model, capacity=60)
     target.prefill([PROMPT])

@@ -262,11 +262,7 @@ class LookaheadDecoding:
         rows_of_tree = max_rows(self.config, own_source=self.propose is not None)
         capacity = longest + rows_of_tree
         target = Target(model, capacity, len(requests), compile=self.compile, max_rows=rows_of_tree)
-        if target.switch and len(requests) > 1 and not target.plain and longest > target.switch.position:
-            raise ValueError(
-                f"the model's rotary frequencies change at {target.switch.position} tokens, and a sequence of this "
-                f"batch can reach {longest}: shorten it, or decode the sequences one by one"
-            )
+        target.check_length(before + max(len(r.prompt) - r.cached for r in requests), longest)
         if before:
             known = requests[0].prompt[: requests[0].cached] if requests[0].cached == before else None
             target.load(past, [range(row.start, before) for row in rows], known)

@@ -21,11 +21,14 @@ class Switch:
         position: the first one on the far side.
         plain_after: the frequencies change with every token there (dynamic NTK), so that each needs its own forward.
         renews: the model computes all keys and values anew when it comes to `position` (as Phi-3 does).
+        forgets: it drops all keys and values there and does not compute them anew (Phi-3 in transformers before 5.18 or
+            so): `generate` goes on as if there were no text.
     """
 
     position: int
     plain_after: bool
     renews: bool
+    forgets: bool = False
 
     def reach(self, root: int) -> int:
         """How deep a tree may be whose root stands at a position."""
@@ -46,7 +49,8 @@ def switch_of(model: PreTrainedModel) -> Switch | None:
         kind = entry.get("rope_type")
         if kind in ("dynamic", "longrope"):
             position = entry.get("original_max_position_embeddings") or config.max_position_embeddings
-            return Switch(position, kind == "dynamic", kind == "longrope" and _renews(model, position))
+            fed = _fed_at(model, position) if kind == "longrope" else None
+            return Switch(position, kind == "dynamic", renews=fed == position + 1, forgets=fed == 1)
     return None
 
 
@@ -60,8 +64,11 @@ class _Full:
         return self._length
 
 
-def _renews(model: PreTrainedModel, position: int) -> bool:
-    """Whether the model gives up its cache at a position; it says so where `generate` asks for its inputs."""
+def _fed_at(model: PreTrainedModel, position: int) -> int | None:
+    """Tokens that a model is fed at a position without a cache; None if it keeps its cache, as most do.
+
+    It says so where `generate` asks for its inputs.
+    """
     inputs = model.prepare_inputs_for_generation(
         torch.zeros(1, position + 1, dtype=torch.long),
         past_key_values=_Full(position),
@@ -69,4 +76,4 @@ def _renews(model: PreTrainedModel, position: int) -> bool:
         next_sequence_length=1,
         use_cache=True,
     )
-    return inputs.get("past_key_values") is None
+    return None if inputs.get("past_key_values") is not None else int(inputs["input_ids"].shape[1])

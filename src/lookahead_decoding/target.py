@@ -154,6 +154,26 @@ class Target:
             return 0
         return self.switch.reach(root) if self.switch else 1 << 30
 
+    def check_length(self, prompt: int, longest: int) -> None:
+        """Refuse a text in which rotary frequencies change, where that cannot be followed.
+
+        Args:
+            prompt: tokens of the longest sequence before decoding begins.
+            longest: tokens that a sequence can reach.
+
+        Raises:
+            ValueError: it is one of a batch, or this version of transformers drops the text where they change.
+        """
+        if self.switch is None or self.plain or longest <= self.switch.position:
+            return
+        change = f"the model's rotary frequencies change at {self.switch.position} tokens"
+        if len(self.lengths) > 1:
+            what = f"{change}, and a sequence of this batch can reach {longest}"
+            raise ValueError(f"{what}: shorten it, or decode the sequences one by one")
+        if self.switch.forgets and prompt <= self.switch.position:
+            what = f"{change}, where this version of transformers forgets the text"
+            raise ValueError(f"{what}, and this request can reach {longest}: use a newer version, or shorten it")
+
     def step_times(self, config: LookaheadConfig) -> StepTimes:
         """t(n) of this model, by rows per sequence: as the caller has it, or as steps like this one have shown."""
         if config.step_times is not None:
