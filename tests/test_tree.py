@@ -107,3 +107,8 @@ def test_mask_is_the_transitive_closure_of_parents(choices: list[int]) -> None:
         assert {j for j in range(len(parents)) if row >> j & 1} == ancestors
         assert {j for j in range(len(parents)) if encoded[node, 3 + j]} == ancestors
         assert tree.depths[node] == len(ancestors) - 1
+
+
+def test_paths_lead_from_the_root_to_the_leaves() -> None:
+    assert build_tree(1).paths() == [[0]]
+    assert build_tree(1, candidates=[(2, 3), (2, 4), (5,)]).paths() == [[0, 1, 2], [0, 1, 3], [0, 4]]
