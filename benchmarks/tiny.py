@@ -68,11 +68,12 @@ SHRUNK: dict[str, Any] = {
         (1, "n_group topk_group"),
         # how far back is seen
         (1024, "max_position_embeddings max_target_positions max_seq_len n_positions n_ctx context_length"),
-        (16, "sliding_window sliding_window_size attention_window_size window_size local_attention keep_window_size"),
+        (16, "sliding_window sliding_window_size attention_window_size window_size keep_window_size"),
         (
             16,
             "attention_chunk_size local_attn_chunk_length lsh_attn_chunk_length block_size local_attention_window_len",
         ),
+        (32, "local_attention"),  # the window's two sides together
         # what an index selects; many heads, as with few of them scores of 0 are frequent, and a choice among equals
         # depends on how many keys there are
         (8, "index_topk"),
@@ -140,7 +141,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": HALF_RECURRENT},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
-    "hrm_text": {"initializer_range": 0.2},  # its loops make much of a difference of rounding
+    "hrm_text": {"num_hidden_layers": 2},  # each runs eight times, and makes much of a difference of rounding
     "inkling2_text": {"rel_extent": 64, "n_layers_per_attn_res_block": 2, "unpadded_vocab_size": 64},
     "inkling_text": {"rel_extent": 64},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 3, "expert_layer_offset": 0},
@@ -211,14 +212,19 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 FACTORS: dict[str, float] = {
     name: factor
     for factor, names in (
+        (0.1, "bart mvp pegasus prophetnet reformer"),
         (0.2, "bert big_bird camembert electra ernie git rembert roberta roc_bert trocr xlm-roberta bert-generation"),
-        (0.3, "blenderbot-small data2vec-text xmod"),
-        (0.5, "bloom flint marian"),
+        (0.3, "blenderbot-small data2vec-text exaone4 xlm xmod"),
+        (0.5, "bloom flint marian mpt"),
         (0.7, "mamba2"),
-        (1.5, "cohere2"),
-        (2.0, "biogpt fuyu minicpm3 olmo2 zaya"),
-        (3.0, "flex_olmo modernbert-decoder recurrent_gemma roformer rwkv xlm-roberta-xl"),
-        (5.0, "apertus nemotron_h plbart"),
+        (1.5, "cohere2 cpmant olmo3"),
+        (2.0, "biogpt fuyu minicpm3 olmo2 phi zaya"),
+        (
+            3.0,
+            "codegen flex_olmo gemma2 modernbert-decoder persimmon recurrent_gemma roformer rwkv starcoder2 xlm-roberta-xl",
+        ),
+        (5.0, "apertus bigbird_pegasus nemotron_h plbart"),
+        (8.0, "xglm xlnet"),
     )
     for name in names.split()
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from benchmarks.tiny import tiny_model
@@ -117,6 +119,7 @@ def test_a_cache_goes_in_and_comes_out_with_its_states() -> None:
     assert torch.equal(ours.sequences, plain.sequences)
     for _ in range(2):  # each goes on with what the other has left
         text, caches = ours.sequences, (ours.past_key_values, plain.past_key_values)
+        options["attention_mask"] = torch.ones_like(text)
         plain = model.generate(text, past_key_values=caches[0], **options)
         ours = ld.generate(model, text, past_key_values=caches[1], lookahead=config, **options)
         assert torch.equal(ours.sequences, plain.sequences)
