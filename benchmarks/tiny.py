@@ -100,6 +100,8 @@ HALF_RECURRENT = ["linear_attention", "full_attention"] * 2
 OVERRIDES: dict[str, dict[str, Any]] = {
     "apertus": {"initializer_range": 1.0},
     "bamba": {"attn_layer_indices": [1, 3]},
+    "bart": {"d_model": 64},
+    "blenderbot-small": {"init_std": 1.0, "scale_embedding": True},
     "bloom": {"initializer_range": 1.0},
     "blt_local_decoder": {"hidden_size_global": WIDTH},
     "blt_local_encoder": {"hidden_size_global": WIDTH},
@@ -112,6 +114,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10_000.0},
         "ffn_config": {"ffn_hidden_size": 24, "moe_top_k": 2},
     },
+    "data2vec-text": {"hidden_size": 64},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "deepseek_v4": {
         "num_key_value_heads": 1,
@@ -131,6 +134,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "dots3_note_vision_encoder": {"adapter_in_dim": WIDTH, "adapter_out_dim": WIDTH},
     "dots3_note_audio_encoder": {"adapter_input_size": WIDTH, "adapter_out_dim": WIDTH},
+    "exaone4": {"hidden_size": 64},
     "flint": {"hidden_size": 64},
     "gemma3n_text": {"intermediate_size": 48, "num_kv_shared_layers": 2, "laurel_rank": 8},
     "gemma4_text": {"global_head_dim": 16, "num_kv_shared_layers": 2},
@@ -150,7 +154,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": {"num_layers": 2, "zero_expert_num": 2},
     "mamba2": {"num_heads": 8},
-    "marian": {"init_std": 0.1},
+    "marian": {"d_model": 64, "init_std": 1.0},
     "mellum": {"layer_types": HALF_SLIDING},
     "minicpm3": {"dim_model_base": WIDTH},
     "minimax_m3_vl_text": {
@@ -162,10 +166,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "ministral": {"head_dim": 8},
     "mpt": {"use_cache": True},
+    "mvp": {"d_model": 64},
     "nanochat": {"initializer_range": 1.0},
     "nemotron": {"num_key_value_heads": 2},
     "nemotron_h": {"hybrid_override_pattern": "ME*-ME*-", "time_step_min": 1e-9, "initializer_range": 0.1},
     "olmo2": {"hidden_size": 64},
+    "pegasus": {"d_model": 64},
     "phi4_multimodal": {"eos_token_id": 2},
     "phi4_multimodal_audio": {
         "num_blocks": 2,
@@ -190,10 +196,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "reformer": {"hash_seed": 0, "axial_pos_shape": (32, 32), "axial_pos_embds_dim": (16, 16)},
+    "roberta": {"hidden_size": 64},
     "roc_bert": {
         **dict.fromkeys(("pronunciation_embed_dim", "shape_embed_dim"), 16),
         **dict.fromkeys(("pronunciation_vocab_size", "shape_vocab_size"), 64),
     },
+    "trocr": {"d_model": 64},
     "xlm": {"causal": True, "mask_token_id": 5},
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "xmod": {"default_language": "en_XX"},
@@ -212,19 +220,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 FACTORS: dict[str, float] = {
     name: factor
     for factor, names in (
-        (0.1, "bart mvp pegasus prophetnet reformer"),
-        (0.2, "bert big_bird camembert electra ernie git rembert roberta roc_bert trocr xlm-roberta bert-generation"),
-        (0.3, "blenderbot-small data2vec-text exaone4 xlm xmod"),
-        (0.5, "bloom flint marian mpt"),
-        (0.7, "mamba2"),
-        (1.5, "cohere2 cpmant olmo3"),
-        (2.0, "biogpt fuyu minicpm3 olmo2 phi zaya"),
-        (
-            3.0,
-            "codegen flex_olmo gemma2 modernbert-decoder persimmon recurrent_gemma roformer rwkv starcoder2 xlm-roberta-xl",
-        ),
-        (5.0, "apertus bigbird_pegasus nemotron_h plbart"),
-        (8.0, "xglm xlnet"),
+        (0.5, "bloom camembert flint mpt xlm-roberta"),
+        (0.6, "bert bert-generation big_bird electra ernie roc_bert"),
+        (0.7, "git"),
+        (1.5, "cohere2 cpmant mamba2 olmo3"),
+        (2.0, "bart biogpt exaone4 fuyu marian minicpm3 mvp olmo2 phi rembert trocr xmod zaya"),
+        (3.0, "codegen flex_olmo gemma2 modernbert-decoder pegasus persimmon prophetnet recurrent_gemma roformer rwkv"),
+        (3.0, "starcoder2 xlm-roberta-xl"),
+        (5.0, "apertus bigbird_pegasus megatron-bert nemotron_h plbart reformer"),
+        (8.0, "data2vec-text openai-gpt roberta xglm xlm xlnet"),
     )
     for name in names.split()
 }

@@ -15,6 +15,7 @@ tokens as long as there are few of them, and in a forward of their own when ther
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from .cache import TreeCache
 from .choose import StepLogits
 from .evaluate import as_written, device_of, evaluate, first_position, parameters_of, text_config
 from .tree import TokenTree
+from .trees import packed_weights
 
 REFED = 16
 """Accepted tokens that are fed again ahead of a step's own; more of them go alone."""
@@ -45,18 +47,26 @@ class RowSteps:
         room: nodes of the longest path and tokens fed again, for layers with a window.
         refed: accepted tokens that are fed again ahead of a step's own, at most.
         copies: all layers are transformers' own, and copied like states.
+        compile: how a step runs, "off" or "packed".
 
     Attributes:
         lengths: committed tokens of the sequence.
         refeeds: forwards in which accepted tokens were fed again alone.
     """
 
-    how = "off"
-
     def __init__(
-        self, model: PreTrainedModel, capacity: int, paths: int, room: int, refed: int = REFED, copies: bool = False
+        self,
+        model: PreTrainedModel,
+        capacity: int,
+        paths: int,
+        room: int,
+        refed: int = REFED,
+        copies: bool = False,
+        compile: str = "off",
     ) -> None:
         self.model = model
+        self.how = compile
+        self._weights = packed_weights(model) if compile == "packed" else nullcontext()
         self.config = text_config(model)
         self.attention = self.config._attn_implementation
         self.cache = TreeCache(self.config, paths, capacity, room + refed, copies)
@@ -124,7 +134,8 @@ class RowSteps:
         before = len(self._pending)
         self._width = before + max(map(len, paths))
         rows = [self._pending + [tree.tokens[node] for node in path] for path in paths]
-        logits = self._feed([row + row[-1:] * (self._width - len(row)) for row in rows], range(before, self._width))
+        with self._weights:
+            logits = self._feed([row + row[-1:] * (self._width - len(row)) for row in rows], range(before, self._width))
         place = {node: (row, depth) for row, path in enumerate(paths) for depth, node in enumerate(path)}
         self._fed, self._tree = paths, tree
         rows_, depths = zip(*(place[node] for node in tree.scored), strict=True)

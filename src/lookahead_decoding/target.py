@@ -69,22 +69,23 @@ class Target:
             told.add(strategy.drawback)
             kind = model.config.model_type
             warnings.warn(f"{kind}: {strategy.drawback}; `lookahead doctor` says why", stacklevel=2)
-        if strategy.name != "tree" or (strategy.horizon is not None and batch > 1):
-            if compile not in ("auto", "off"):
-                raise ValueError(f"compile={compile!r} cannot be: {strategy.drawback}. Leave it out")
-            if batch == 1:
-                self.steps = RowSteps(model, capacity, strategy.paths or 1, max_rows, copies=strategy.copies)
-            else:
-                self.steps = Lockstep(model, capacity, batch)
-            return
+        together = strategy.name == "tree" and (strategy.horizon is None or batch == 1)
+        if not together and compile in ("graphs", "full"):
+            raise ValueError(f"compile={compile!r} cannot be: {strategy.drawback}. Leave it out")
         wanted = best_way(model) if compile == "auto" else compile
-        reason = not_ready(model, strategy.attention, wanted)
+        reason = not_ready(model, strategy.attention, wanted) if together or wanted == "packed" else ""
         if reason and compile != "auto":
             raise ValueError(f"compile={compile!r} cannot be: {reason}. Leave it out")
         if reason:
             warnings.warn(f"steps run uncompiled: {reason}", stacklevel=2)
         how = "off" if reason else wanted
-        self.steps = TreeSteps(model, capacity, batch, strategy.attention, how, max_rows, strategy.cached_heads)
+        if together:
+            self.steps = TreeSteps(model, capacity, batch, strategy.attention, how, max_rows, strategy.cached_heads)
+        elif batch == 1:
+            how = how if how == "packed" else "off"
+            self.steps = RowSteps(model, capacity, strategy.paths or 1, max_rows, copies=strategy.copies, compile=how)
+        else:
+            self.steps = Lockstep(model, capacity, batch)
 
     @classmethod
     def with_attention(

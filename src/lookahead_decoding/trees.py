@@ -83,7 +83,7 @@ class TreeSteps:
         self.how = compile
         self.captured: Room | None = None
         self._compiled: Compiled | None = None
-        self._weights: AbstractContextManager[None] = _packed(model) if compile == "packed" else nullcontext()
+        self._weights: AbstractContextManager[None] = packed_weights(model) if compile == "packed" else nullcontext()
         if compile in ("off", "packed") or (compile == "full" and device_of(model).type != "cuda"):
             self.cache = TreeCache(self.config, batch, capacity, room)
             if compile == "full":
@@ -305,7 +305,7 @@ def _compiled(model: PreTrainedModel) -> Compiled:
     return compiled
 
 
-def _packed(model: PreTrainedModel) -> PackedLinears:
+def packed_weights(model: PreTrainedModel) -> PackedLinears:
     """The packed weights of a model; packed anew when they have changed."""
     made = memory_of(model).made
     weights = version_of(model)
