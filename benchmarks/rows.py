@@ -72,7 +72,7 @@ def run(
     limit = len(prompt) + len(text)
     target = ld.Target(model, limit + 128)
     if paths:  # a window of 4 columns and two rows has five paths of its own
-        target.steps = RowSteps(model, limit + 128, paths + 5 * window, 64, refed=refed)
+        target.steps = RowSteps(model, limit + 128, paths + 5 * window, 64, refed=refed, compile=target.how)
     ids = torch.tensor([list(prompt)])
     processor = Replay([*prompt, *text])
     request = ld.Request(tuple(prompt), ld.Sampler(ids, limit, processors=[processor]), limit)
@@ -88,9 +88,9 @@ def run(
 def settings() -> Iterator[tuple[int, int, bool]]:
     """Paths, tokens fed again ahead of a step's own, and whether there is a window."""
     yield 0, 0, False
-    yield from ((paths, 16, False) for paths in PATHS)
-    yield from ((4, refed, False) for refed in REFED if refed != 16)
-    yield 4, 16, True
+    yield from ((paths, 32, False) for paths in PATHS)
+    yield from ((4, refed, False) for refed in REFED if refed != 32)
+    yield 4, 32, True
 
 
 def main() -> None:

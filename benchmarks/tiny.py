@@ -282,7 +282,11 @@ def _shrunk(default: PreTrainedConfig, changes: dict[str, Any]) -> PreTrainedCon
     if "kv_lora_rank" in given:
         values["num_key_value_heads"] = values["num_attention_heads"]  # the latent makes a key for every query head
     values |= OVERRIDES.get(default.model_type, {}) | changes
-    if "layer_types" in values and "num_hidden_layers" in given:
+    if "num_hidden_layers" in changes:
+        kinds = {name: value for name, value in values.items() if name.endswith("_types") and isinstance(value, list)}
+        layers = values["num_hidden_layers"]
+        values |= {name: (value * layers)[:layers] for name, value in kinds.items() if name not in changes}
+    elif "layer_types" in values and "num_hidden_layers" in given:
         values["num_hidden_layers"] = len(values["layer_types"])
     parts = {name: part for name, part in given.items() if isinstance(part, PreTrainedConfig)}
     values |= {name: _shrunk(part, values.get(name, {})) for name, part in parts.items()}

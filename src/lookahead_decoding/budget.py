@@ -237,6 +237,7 @@ class Budget:
         self._in_vain = self._margin if times(self._most) > times(1) else 1.0
         self._rows = 0
         self._running: list[Lookahead] = []
+        self._guesses = False
         self._left = 0
         self._floor = 0.0
         self._before = 0.0
@@ -246,30 +247,38 @@ class Budget:
 
     def plan(self, lookaheads: Sequence[Lookahead | None]) -> list[TokenTree | None]:
         """One tree per sequence; None stays None."""
-        if self._idle or self._is_timing() or self._pace.rests():
-            self._rows, self._running, self.ranks = 1, [], 0
+        running = [lookahead for lookahead in lookaheads if lookahead]
+        self._running, self._left = running, most_left(running)
+        self._guesses = not (self._idle or self._is_timing() or self._pace.rests())
+        if not self._guesses:
+            self._rows, self.ranks = 1, 0
             return [lookahead.plain() if lookahead else None for lookahead in lookaheads]
         self.ranks = self._ranks
-        running = [lookahead for lookahead in lookaheads if lookahead]
         self._window.apply(running)
         growing = [lookahead.grow(self._floor) for lookahead in running]
         self._rows, rate = best_rows(growing, self._times, self._most, self._worth)
         self._floor = self._least_chance(rate / len(running))
         self._window.reconsider(running, growing, self._times, self._most)
-        self._running, self._left = running, most_left(running)
         trees = iter(growing)
         return [next(trees).tree(self._rows) if lookahead else None for lookahead in lookaheads]
 
-    def spent(self, seconds: float) -> None:
-        """Take note of the time that all steps so far have taken; what was added is the planned one's."""
+    def spent(self, seconds: float, fed_again: int = 0) -> None:
+        """Take note of the time that all steps so far have taken; what was added is the planned one's.
+
+        Args:
+            fed_again: accepted tokens that it had to feed once more. The price of earlier guesses is in its time, so it
+                says nothing about plain steps, and counts against guessing.
+        """
         time, self._before = seconds - self._before, seconds
         if not self._rows:  # prefill
             return
-        if self._running:
-            self._times.add(self._rows, time)
+        if self._guesses or fed_again:
+            if self._guesses:
+                self._times.add(self._rows, time)
             if self._times.fixed:  # which leaves out what it takes to ask in vain
                 time = self._times(self._rows) * (self._in_vain if self._rows == 1 else 1.0)
-            time = min(time, self._disturbed * self._times(self._rows))  # as the time of plain steps leaves it out
+            if not fed_again:  # as the time of plain steps leaves out what is above
+                time = min(time, self._disturbed * self._times(self._rows))
             given = self._left - most_left(self._running)
             self._pace.judge(given, time / self._times.plain, len(self._running))
         else:

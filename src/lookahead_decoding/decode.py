@@ -111,7 +111,7 @@ def decode(
         with _timed(stats, "commit"):
             target.commit([choice.path if choice else () for choice in choices])
             stats.refeeds = target.refeeds
-        budget.spent(stats.step_seconds)
+        budget.spent(stats.step_seconds, target.fed_again)
         yield choices
         if all(s.finish_reason for s in samplers):
             return

@@ -52,6 +52,7 @@ class RowSteps:
     Attributes:
         lengths: committed tokens of the sequence.
         refeeds: forwards in which accepted tokens were fed again alone.
+        fed_again: accepted tokens that the last forward fed once more.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class RowSteps:
         self.config = text_config(model)
         self.attention = self.config._attn_implementation
         self.cache = TreeCache(self.config, paths, capacity, room + refed, copies)
-        self.refeeds = 0
+        self.refeeds = self.fed_again = 0
         self._refed = refed
         self._capacity = capacity
         names = parameters_of(model)
@@ -121,6 +122,7 @@ class RowSteps:
         """As `Target.forward`."""
         (tree,) = trees
         assert tree is not None
+        self.fed_again = len(self._pending)
         if len(self._pending) > self._refed:
             self._catch_up()
         paths = tree.paths()
@@ -210,7 +212,7 @@ class Lockstep:
         self.attention = self.config._attn_implementation
         self.capacity = capacity
         self.lengths = [0] * batch
-        self.refeeds = 0
+        self.refeeds = self.fed_again = 0
         self.cache = DynamicCache(config=self.config)
         self._mask = torch.zeros(batch, 0, dtype=torch.long)
         pad = model.generation_config.pad_token_id

@@ -128,6 +128,11 @@ class Target:
         return isinstance(self.steps, Lockstep)
 
     @property
+    def fed_again(self) -> int:
+        """Accepted tokens that the last forward fed once more, beside its own."""
+        return self.steps.fed_again
+
+    @property
     def refeeds(self) -> int:
         """Forwards so far in which accepted tokens were computed again, alone."""
         return self.steps.refeeds

@@ -65,7 +65,7 @@ class TreeSteps:
         captured: the cache with its captures, where steps are captured.
     """
 
-    refeeds = 0
+    refeeds = fed_again = 0
 
     def __init__(
         self,
