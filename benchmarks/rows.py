@@ -2,7 +2,7 @@
 
     python -m benchmarks.rows --data FOLDER --type lfm2 --dtype bfloat16 --out FILE
 
-A random model of a hybrid type, about a hundred million weights, replays reference solutions of HumanEval: every token
+A random model of a hybrid type, 74 or 91 million weights, replays reference solutions of HumanEval: every token
 is forced, so drafts from the text are accepted as often as with a trained model, and what the model itself proposes is
 noise. The settings take turns prompt by prompt, plain decoding among them.
 """

@@ -106,7 +106,8 @@ def cache_bytes(model: PreTrainedModel, capacity: int = 300) -> tuple[int, int]:
     """Bytes that the keys and values of a request hold, and those that its capacity in tokens needs."""
     target = Target(model, capacity, compile="off")  # a captured cache is larger, since it serves later requests
     target.prefill([[7, 7]])
-    needed = sum(b[:, :, :1].nbytes for layer in target.cache.layers for b in (layer.keys, layer.values))
+    attending = [layer for layer in target.cache.layers if getattr(layer, "keys", None) is not None]
+    needed = sum(b[:1, :, :1].nbytes for layer in attending for b in (layer.keys, layer.values))
     return sum(stack.nbytes for slots in target.cache.all_slots for stack in slots.stacks), needed * capacity
 
 
@@ -159,6 +160,8 @@ def commit_times(model: PreTrainedModel, contexts: Sequence[int] = (256, 8192), 
 
         def commit(target: Target = target, context: int = context) -> None:
             target.lengths[0] = context - len(path)
+            for slots in target.cache.all_slots:
+                slots.starts[0] = max(0, context - slots.window) if slots.window else 0
             target.commit([path])
 
         runs.append(commit)
