@@ -245,7 +245,7 @@ def advise(model: PreTrainedModel, target: Target, times: dict[int, float], adap
     if target.how == "off" and not why_not(model):
         size = copied_bytes(model) / 2**30
         advice.append(f"--compile packed makes a step faster; its second copy of the weights takes {size:.1f} GiB")
-    if model.device.type == "cpu" and target.how in ("off", "packed"):
+    if model.device.type == "cpu" and target.how in ("off", "packed") and target.strategy.name == "tree":
         outside = times[1] - limits(model).milliseconds(1) / 1e3
         if outside > 0.5 * times[1]:
             advice.append(
@@ -257,5 +257,5 @@ def advise(model: PreTrainedModel, target: Target, times: dict[int, float], adap
             "phrase, and high temperatures, gain little"
         )
     if target.strategy.drawback:
-        advice.append(f"{target.strategy.drawback}, because: {'; '.join(target.strategy.reasons)}")
+        advice.append(f"{target.strategy.drawback}, because: {'; '.join(dict.fromkeys(target.strategy.reasons))}")
     return advice
