@@ -12,6 +12,7 @@ from transformers import AutoConfig
 import lookahead_decoding as ld
 from conftest import ARCHITECTURES, FREE
 from lookahead_decoding.cache import SLACK, TreeCache
+from lookahead_decoding.rows import RowSteps
 
 
 def cache_of(name: str, capacity: int, room: int) -> TreeCache:
@@ -72,3 +73,48 @@ def test_a_chunk_is_seen_from_its_beginning() -> None:
     assert rows[0, 0, :, WINDOW].tolist() == [1, 2, 3, 4]  # positions 16 to 19
     rows = encode_rows([build_tree(1, candidates=[(2, 3, 4)])], [6], 4, window=8, chunked=True)
     assert rows[0, 0, :, WINDOW].tolist() == [7, 8, 1, 2]  # positions 6 to 9
+
+
+def test_a_batch_may_be_shorter_than_the_window(tiny: Callable[..., torch.nn.Module]) -> None:
+    model = tiny("mistral", sliding_window=4096)
+    ids, mask = torch.randint(3, 60, (2, 20)), torch.ones(2, 20, dtype=torch.long)
+    ids[1, :15], mask[1, :15] = 0, 0
+    options = {"max_new_tokens": 20, "eos_token_id": None, "do_sample": False, "attention_mask": mask}
+    assert torch.equal(ld.generate(model, ids, **options), model.generate(ids, **options))
+
+
+def test_a_sequence_may_end_more_than_a_window_before_the_others(tiny: Callable[..., torch.nn.Module]) -> None:
+    model = tiny("mistral", max_position_embeddings=1024)
+    ids = torch.randint(3, 60, (2, 6), generator=torch.Generator().manual_seed(0))
+    options = {"max_new_tokens": 150, "do_sample": False, "pad_token_id": 0}
+    plain = model.generate(ids, eos_token_id=None, **options)
+    ends = next(int(t) for t in plain[0, 6:26] if t not in plain[1])
+    assert torch.equal(
+        ld.generate(model, ids, eos_token_id=ends, **options), model.generate(ids, eos_token_id=ends, **options)
+    )
+
+
+def test_sequences_are_level_only_if_their_slots_are() -> None:
+    config = AutoConfig.for_model("mistral", **{**ARCHITECTURES["mistral"], "sliding_window": 16})
+    cache = TreeCache(config, 2, 1000, 32)
+    cache.lengths[:] = [84, 84]
+    assert cache.level
+    cache.slots(16).starts[:] = [69, 0]
+    assert not cache.level
+
+
+def test_what_is_left_of_a_long_chunk_is_given_to_every_row(
+    tiny: Callable[..., torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("mistral", sliding_window=200, max_position_embeddings=1024)
+    monkeypatch.setattr("lookahead_decoding.rows.CHUNK", 150)
+    prompt = torch.randint(3, 60, (450,), generator=torch.Generator().manual_seed(0)).tolist()
+    steps = RowSteps(model, 600, 2, 16)
+    steps.prefill([prompt])
+    steps.commit([[0]])
+    tree = ld.build_tree(20, candidates=[(21, 22), (23, 24)])
+    step = steps.forward([tree])
+    for path in tree.paths():
+        with torch.no_grad():
+            wanted = model(torch.tensor([[*prompt, *(tree.tokens[n] for n in path)]]), use_cache=False).logits[0, -1]
+        assert torch.allclose(step.logits[0, step.nodes.index(path[-1])], wanted, atol=1e-3, rtol=1e-3)

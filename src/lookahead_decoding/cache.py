@@ -177,9 +177,11 @@ class Slots:
             stack[:, sequence, :, held : held + len(path)] = kept
 
     def spread(self, row: int, rows: int) -> None:
-        """Give every sequence the first `rows` rows of the step that one of them has."""
+        """Give every sequence the first `rows` rows of the step that one of them has, and settle."""
+        anew = self._passed > 0  # then all that is held was moved, in that sequence alone
+        self.settle()
         held = self.held[row]
-        new = slice(max(0, held), held + rows)
+        new = slice(0 if anew else held, held + rows)
         for stack in self.stacks:
             stack[:, :, :, new] = stack[:, row : row + 1, :, new].clone()
 
@@ -294,25 +296,20 @@ class TreeCache(Cache):  # type: ignore[misc]
         return list(self._slots.values())
 
     @property
-    def unseen(self) -> int:
-        """Slots that have left the window of every row of this forward."""
-        return max(0, self.longest - (self.window - 1)) if self.window and self.causal else 0
-
-    @property
     def chunk(self) -> int:
         """Rows of the largest forward that all layers have room for."""
-        return min([slots.chunk for slots in self.all_slots], default=self.capacity)
+        return min([s.chunk for s in self.all_slots if s.capacity < self.capacity], default=self.capacity)
 
     @property
     def level(self) -> bool:
-        """Whether all sequences are equally long."""
-        return self.lengths.count(self.lengths[0]) == len(self.lengths)
+        """Whether all sequences are equally long, and have left equally much behind."""
+        return self.lengths.count(self.lengths[0]) == len(self.lengths) and all(s.level for s in self.all_slots)
 
     def clear(self) -> None:
         """Forget what is committed."""
         self.lengths[:] = [0] * len(self.lengths)
         for slots in self._slots.values():
-            slots.starts[:] = self.lengths
+            slots.starts[:] = [0] * len(self.lengths)
 
     def make_room(self, rows: int) -> None:
         """To be called before each forward of so many rows."""
@@ -342,10 +339,8 @@ class TreeCache(Cache):  # type: ignore[misc]
 
     def spread(self, row: int, rows: int) -> None:
         """Commit the first `rows` rows of one sequence's step for all sequences."""
-        self.settle()
-        if len(self.lengths) > 1:
-            for slots in self._slots.values():
-                slots.spread(row, rows)
+        for slots in self._slots.values():
+            slots.spread(row, rows)
         self.lengths[:] = [length + rows for length in self.lengths]
 
     def save(self) -> list[dict[str, Any]]:
@@ -436,8 +431,9 @@ class TreeCache(Cache):  # type: ignore[misc]
         padded = buffer.new_zeros(len(starts), heads, length - first, size)
         for b, (start, own) in enumerate(zip(starts, self.lengths, strict=False)):
             begin = max(first - start, slots.starts[b])
-            held = buffer[b, :, begin - slots.starts[b] : own - slots.starts[b]]
-            padded[b, :, start + begin - first : start + own - first] = held
+            if begin < own:  # otherwise it ended a window ago
+                held = buffer[b, :, begin - slots.starts[b] : own - slots.starts[b]]
+                padded[b, :, start + begin - first : start + own - first] = held
         return padded
 
 

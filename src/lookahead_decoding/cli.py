@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -522,7 +523,9 @@ for command in (bench, tune, doctor):
 def main() -> None:
     """The `lookahead` command: problems in one line on stderr, exit code 2."""
     try:
-        cli.main(standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *others: print(f"lookahead: {message}", file=sys.stderr)
+            cli.main(standalone_mode=False)
     except click.exceptions.Abort:
         sys.exit(130)
     except click.exceptions.NoArgsIsHelpError as error:

@@ -71,10 +71,10 @@ def decode(
         ValueError: the target has no room for a request or no place for a window that the config asks for, or a shared
             namespace is for another model or not among the sources.
     """
+    config = target.fit(config)
     if target.plain and (config.sources or any(r.propose for r in requests)):
         yield from autoregressive(target, requests, config, stats, inputs)
         return
-    config = target.fit(config)
     for request, length in zip(requests, target.lengths, strict=True):
         needed = length + request.limit - request.cached + max_rows(config, own_source=request.propose is not None)
         if needed > target.capacity:

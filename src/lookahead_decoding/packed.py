@@ -120,6 +120,9 @@ def version_of(model: nn.Module) -> object:
     found: list[object] = [torch.get_num_threads()]  # which a layout is made for, too
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
+            if type(tensor) not in (torch.Tensor, nn.Parameter):  # quantised: never packed, and not to be looked into
+                found.append(id(tensor))
+                continue
             flat = tensor.detach().reshape(-1)
             sample = flat[:: max(1, flat.numel() // SAMPLES)].float().sum().item()
             found.append((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, sample))

@@ -148,7 +148,9 @@ class RowSteps:
         path = list(paths[0])
         if not path:
             return
-        row = next(i for i, nodes in enumerate(self._fed) if nodes[: len(path)] == path)
+        row = next((i for i, nodes in enumerate(self._fed) if nodes[: len(path)] == path), None)
+        if row is None:
+            raise ValueError(f"path {path} was not in the last tree")
         fed = len(self._pending) + len(path)
         if not self.cache.stateful:
             self.cache.spread(row, len(path))

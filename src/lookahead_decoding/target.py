@@ -16,7 +16,7 @@ from .budget import StepTimes
 from .cache import ROOM
 from .choose import StepLogits
 from .config import LookaheadConfig
-from .evaluate import text_config, unwrapped
+from .evaluate import device_of, text_config, unwrapped
 from .memory import memory_of
 from .probe import Steps, Strategy, probe
 from .rope import switch_of
@@ -74,6 +74,8 @@ class Target:
             raise ValueError(f"compile={compile!r} cannot be: {strategy.drawback}. Leave it out")
         wanted = best_way(model) if compile == "auto" else compile
         reason = not_ready(model, strategy.attention, wanted) if together or wanted == "packed" else ""
+        if strategy.horizon is not None and wanted in ("graphs", "full"):  # such a step has no path by the model's mask
+            reason = reason or strategy.drawback
         if reason and compile != "auto":
             raise ValueError(f"compile={compile!r} cannot be: {reason}. Leave it out")
         if reason:
@@ -93,6 +95,7 @@ class Target:
     ) -> Target:
         """A target for one sequence and trees with a given attention, unprobed; the model's own by default."""
         target = cls.__new__(cls)
+        model = unwrapped(model)
         attention = attention or str(text_config(model)._attn_implementation)
         target._set(model, Strategy("tree", attention))
         target.steps = TreeSteps(model, capacity, 1, attention, "packed" if packed else "off", ROOM)
@@ -143,7 +146,7 @@ class Target:
         Raises:
             ValueError: a window was asked for, and the model's strategy has no place for one.
         """
-        if self.strategy.paths is None or self.plain:
+        if self.strategy.paths is None:
             return config
         if config.window_size is not None and "window" in config.sources:
             raise ValueError(
@@ -187,7 +190,8 @@ class Target:
         if not config.adaptive:
             return StepTimes([(1, 1.0)])
         known = memory_of(self.model).times
-        key = len(self.lengths), self.how, self.model.dtype, self.model.device, torch.get_num_threads()
+        device = device_of(self.model)
+        key = self.strategy, len(self.lengths), self.how, self.model.dtype, device, torch.get_num_threads()
         if key not in known:
             known[key] = StepTimes(profile.load(self.machine) or ())
         return known[key]
@@ -218,7 +222,7 @@ class Target:
             inputs: of the model's own, such as images, that belong to the prompts.
 
         Raises:
-            ValueError: several sequences, of which one comes to where the model's rotary frequencies change.
+            ValueError: inputs that come behind a cache where that cannot be.
         """
         if isinstance(self.steps, Lockstep):
             return self.steps.prefill(prompts, inputs)
@@ -231,6 +235,8 @@ class Target:
         if not splits and not inputs:
             return self.steps.prefill(prompts)
         if splits and self.switch and self.switch.renews and 0 < starts[0] <= self.switch.position:
+            if inputs:
+                raise ValueError("images cannot join a text that the model computes anew here: pass it without a cache")
             return self._anew()
         return self._whole(prompts, inputs)
 
@@ -240,6 +246,8 @@ class Target:
         plain = Lockstep(self.model, 0, len(prompts))
         width = max(map(len, prompts))
         before = self.lengths[0]
+        if before and len(prompts) > 1:
+            raise ValueError("a batch with a cache takes no images: decode the sequences one by one")
         if before:
             self.steps.store(plain.cache, [0])
             plain.load(plain.cache, [range(before)])

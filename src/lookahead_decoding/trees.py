@@ -333,6 +333,8 @@ def not_ready(model: PreTrainedModel, attention: str, compile: str) -> str:
         return "the model takes no attention but its own"
     if "logits_to_keep" not in parameters_of(model):
         return "the model's forward has no logits_to_keep"
+    if len({p.device for p in model.parameters()}) > 1 or model.device.type == "meta":
+        return "its weights are on several devices, or loaded when they are needed"
     device = device_of(model).type
     if device not in ("cpu", "cuda"):
         return f"a device of type {device!r} is not supported"
