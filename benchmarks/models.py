@@ -25,6 +25,7 @@ import lookahead_decoding as ld
 from benchmarks.drafts import right_and_wrong, watched
 from benchmarks.tiny import NOT_MADE, TYPES, tiny_model
 from lookahead_decoding.evaluate import OURS, text_config
+from lookahead_decoding.exactness import compare
 from lookahead_decoding.probe import Strategy, probe
 
 FREE = ((1, 1.0),)
@@ -33,8 +34,6 @@ CONFIG = ld.LookaheadConfig(sources=("window",), step_times=FREE, max_rows=24)
 PROMPTS = (24, 13, 5)
 """Tokens of the three prompts; the first is longer than a window."""
 SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 0}
-NEAR_TIE = 1e-4
-"""A margin below which two ways of plain decoding may differ in float32 (docs/exactness.md)."""
 
 
 @dataclass(frozen=True)
@@ -95,24 +94,11 @@ def _compare(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int, mode: d
     source = right_and_wrong(plain, text_config(model).vocab_size)
     decoding = ld.LookaheadDecoding(CONFIG, propose=source)
     with watched() as seen:
-        torch.manual_seed(5)
-        result = ld.generate(model, ids, lookahead=decoding, **options)
-    assert isinstance(result, torch.Tensor)
-    ours = result[0].tolist()
+        found = compare(model, ids, decoding, seed=5, **options)
     missing = {"full", "partial", "none"} - seen.kinds
-    if ours != plain:
-        place = next(i for i, (a, b) in enumerate(zip(ours, plain, strict=True)) if a != b)
-        margin = _margin(model, ids, place - ids.shape[1], options)
-        return f"{'near-tie' if margin < NEAR_TIE else 'WRONG'} at {place} (margin {margin:.0e})"
+    if found is not None:
+        return f"{'near-tie' if found.near_tie else 'WRONG'} at {found.position} (margin {found.margin:.0e})"
     return "exact" if not missing else f"exact, without {', '.join(sorted(missing))} acceptance"
-
-
-def _margin(model: PreTrainedModel, ids: torch.Tensor, place: int, options: dict[str, Any]) -> float:
-    """Of plain decoding's two best tokens at a place, in logits."""
-    torch.manual_seed(5)
-    logits = model.generate(ids, output_logits=True, return_dict_in_generate=True, **options).logits[place]
-    best, second = logits[0].topk(2).values.tolist()
-    return float(best - second)
 
 
 def _compare_batch(model: PreTrainedModel, prompts: Sequence[torch.Tensor], new_tokens: int) -> str:
@@ -157,6 +143,8 @@ def table(results: Sequence[Result]) -> Iterator[str]:
     yield "* **tree**: any tree of candidates in one forward; **chain**: one candidate; **batch-expanded**: each"
     yield "  candidate as a row of the batch. Batches of the last two are decoded plainly."
     yield "* **attention** in a step: ours, or the model's own with a dense mask."
+    yield "* **near-tie**: the two best tokens are closer than rounding, and in float64 the texts are the same"
+    yield "  ([exactness.md](exactness.md))."
     yield "* **as alone**: `generate` itself gives a prompt another text when it is padded; ours has the text of the"
     yield "  prompt alone."
     yield ""

@@ -228,7 +228,8 @@ FACTORS: dict[str, float] = {
         (3.0, "codegen flex_olmo gemma2 modernbert-decoder pegasus persimmon prophetnet recurrent_gemma roformer rwkv"),
         (3.0, "starcoder2 xlm-roberta-xl"),
         (5.0, "apertus bigbird_pegasus megatron-bert nemotron_h plbart reformer"),
-        (8.0, "data2vec-text openai-gpt roberta xglm xlm xlnet"),
+        (8.0, "data2vec-text openai-gpt roberta xlm xlnet"),
+        (0.7, "xglm"),  # with larger ones rounding decides
     )
     for name in names.split()
 }

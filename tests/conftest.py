@@ -3,14 +3,10 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 if not shutil.which("nvidia-smi"):  # before anything imports triton: without a GPU its interpreter runs the kernels
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
-with suppress(ImportError):
-    import torchao  # noqa: F401  what it prints when it is imported must not fall into a test's output
 
 import pytest
 import torch

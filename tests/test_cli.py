@@ -136,7 +136,8 @@ def test_demo_exits_with_1_where_the_texts_differ(capsys, monkeypatch) -> None:
 def test_chat_answers_until_the_input_ends(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lookahead_decoding", "chat", "pocket", "--max-new-tokens", "12"]
     done = subprocess.run(command, input="import os\nimport re\n\n", capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    said = [line for line in done.stderr.splitlines() if not re.search("torchao|_pytree", line)]  # what torchao says
+    assert (done.returncode, said) == (0, [])
     assert done.stdout.strip()
 
 
