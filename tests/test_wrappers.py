@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +103,20 @@ def test_a_compiled_model_is_not_compiled_anew_at_every_step(accepted: Accepted)
 def test_what_is_no_transformers_model_is_refused() -> None:
     with pytest.raises(TypeError, match="must be a transformers model, got Linear: load it first"):
         ld.generate(torch.nn.Linear(2, 2), IDS)
+
+
+def test_a_model_of_remote_code_works_if_it_passes_the_probe(tmp_path: Path, accepted: Accepted) -> None:
+    code = "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
+    code += "class MyConfig(LlamaConfig):\n    model_type = 'mine'\n\n\n"
+    code += "class MyModel(LlamaForCausalLM):\n    config_class = MyConfig\n"
+    tiny_model("llama").save_pretrained(tmp_path)
+    (tmp_path / "mine.py").write_text(code)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {
+        "model_type": "mine",
+        "auto_map": {"AutoConfig": "mine.MyConfig", "AutoModelForCausalLM": "mine.MyModel"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True).eval()
+    assert type(model).__module__.startswith("transformers_modules")
+    compare(model, accepted)
