@@ -46,6 +46,8 @@ def test_the_selection_is_large_enough() -> None:
 @pytest.mark.parametrize("name", KNOWN)
 def test_a_type_decodes_as_generate_does(name: str) -> None:
     result = models.check(name, new_tokens=80)
+    if result.strategy == "refused" and not is_of_this_version():
+        pytest.skip(f"an older transformers: {result.note}")  # the index of sparse attention, in 5.16
     assert result.exact, result
 
 
