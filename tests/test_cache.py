@@ -107,7 +107,7 @@ def test_what_is_left_of_a_long_chunk_is_given_to_every_row(
     tiny: Callable[..., torch.nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny("mistral", sliding_window=200, max_position_embeddings=1024)
-    monkeypatch.setattr("lookahead_decoding.rows.CHUNK", 150)
+    monkeypatch.setattr("lookahead_decoding.rows.PREFILL_CHUNK", 150)
     prompt = torch.randint(3, 60, (450,), generator=torch.Generator().manual_seed(0)).tolist()
     steps = RowSteps(model, 600, 2, 16)
     steps.prefill([prompt])

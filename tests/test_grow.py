@@ -54,10 +54,10 @@ def test_the_first_nodes_are_the_best_tree_of_their_size() -> None:
 
 def test_no_more_candidates_than_allowed() -> None:
     source = Scripted((7, 1), (8, 2))
-    tree = GrowingTree(build_tree(0), [0], [source], Acceptance([source]), 9, max_paths=1)  # type: ignore[list-item]
+    tree = GrowingTree(build_tree(0), [0], [source], Acceptance([source]), 9, max_paths=1)
     tree.grow(5)
     assert tree.tree(5).paths() == [[0, 1, 2, 3, 4]]
-    tree = GrowingTree(build_tree(0), [0], [source], Acceptance([source]), 2, max_paths=2)  # type: ignore[list-item]
+    tree = GrowingTree(build_tree(0), [0], [source], Acceptance([source]), 2, max_paths=2)
     tree.grow(100)
     assert [[tree.tokens[n] for n in path] for path in tree.tree(100).paths()] == [[0, 7, 7], [0, 8, 7]]
 

@@ -102,14 +102,19 @@ class Slots:
         return [length - start for length, start in zip(self.lengths, self.starts, strict=True)]
 
     @property
+    def _now(self) -> list[int]:
+        """`held`, of the sequences of this forward."""
+        return self.held[self.rows] if self.rows else self.held
+
+    @property
     def longest(self) -> int:
-        """The most of `held`, of the sequences of this forward."""
-        return max(self.held[self.rows] if self.rows else self.held)
+        """The most that a sequence of this forward holds."""
+        return max(self._now)
 
     @property
     def level(self) -> bool:
-        """Whether all sequences of this forward are equally long."""
-        held = self.held[self.rows] if self.rows else self.held
+        """Whether all sequences of this forward hold equally much."""
+        held = self._now
         return held.count(held[0]) == len(held)
 
     @property
@@ -148,16 +153,16 @@ class Slots:
             return buffer
         if self.rows is not None:
             buffer = buffer[self.rows]
-        rows = states.shape[2]
-        end = self.longest + rows
+        every, rows = self._now, states.shape[2]
+        end = max(every) + rows
         if self._passed:
             whole = torch.cat([buffer[:, :, : end - rows], states], 2)
             buffer[:, :, : end - self._passed] = whole[:, :, self._passed :]
             return whole[:, :, self.unseen :]
-        if self.level:
+        if every.count(end - rows) == len(every):
             buffer[:, :, end - rows : end] = states
             return buffer[:, :, self.unseen : end]
-        for b, held in enumerate(self.held):
+        for b, held in enumerate(every):
             buffer[b, :, held : held + rows] = states[b]
         return buffer[:, :, :end]
 

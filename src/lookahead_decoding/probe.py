@@ -127,7 +127,7 @@ def _search(model: PreTrainedModel) -> Strategy | str:
             def trees(attention: str = attention, cached_heads: bool = cached_heads) -> TreeSteps:
                 return TreeSteps(model, _capacity(model), 1, attention, "off", 64, cached_heads)
 
-            reason = _try(model, trees, 2)
+            reason = _try(model, trees)
             if not reason:
                 kept = () if attention == OURS else tuple(reasons)
                 return Strategy("tree", attention, cached_heads, kept, horizon=_horizon(model))
@@ -137,7 +137,7 @@ def _search(model: PreTrainedModel) -> Strategy | str:
         def rows(copies: bool = copies) -> RowSteps:
             return RowSteps(model, _capacity(model), 2, 64, copies=copies)
 
-        reason = _try(model, rows, 2)
+        reason = _try(model, rows)
         if not reason:
             name = "batch-expanded" if TreeCache(config, 1, 8, copies=copies).stateful else "chain"
             return Strategy(name, own, reasons=tuple(reasons), copies=copies, horizon=_horizon(model))
@@ -189,7 +189,7 @@ def _capacity(model: PreTrainedModel) -> int:
     return len(_prompt(model)) + 64
 
 
-def _try(model: PreTrainedModel, start: Callable[[], TreeSteps | RowSteps], paths: int) -> str:
+def _try(model: PreTrainedModel, start: Callable[[], TreeSteps | RowSteps]) -> str:
     """What went wrong with a few small steps; empty if they were exact."""
     vocab = text_config(model).vocab_size
     prompt = _prompt(model)
@@ -200,18 +200,14 @@ def _try(model: PreTrainedModel, start: Callable[[], TreeSteps | RowSteps], path
         wanted, end = plain[:-1], plain[-1]
         other = _plain(model, prompt, [root, *long])
         steps = _started(start, prompt)
-        if paths > 1:
-            first = steps.forward([build_tree(root, candidates=[long, short])])
-            path = [0, *range(1 + len(long), 1 + len(long) + len(short))]
-        else:
-            first, path = steps.forward([build_tree(root, candidates=[long])]), [0]
+        first = steps.forward([build_tree(root, candidates=[long, short])])
+        path = [0, *range(1 + len(long), 1 + len(long) + len(short))]
         aside = _logits(first, range(1 + len(long)))
         accepted = _logits(first, path)
         steps.commit([path])
-        left = [*short, *more][len(path) - 1 :]
-        second = steps.forward([build_tree(left[0], candidates=[left[1:]])])
-        ours = torch.cat([accepted, _logits(second, range(len(left)))])
-        steps.commit([range(len(left))])
+        second = steps.forward([build_tree(more[0], candidates=[more[1:]])])
+        ours = torch.cat([accepted, _logits(second, range(len(more)))])
+        steps.commit([range(len(more))])
         single = _logits(steps.forward([build_tree(last)]), [0])[0]
         chain = _logits(_started(start, prompt).forward([build_tree(root, candidates=[[*short, *more]])]), range(5))
         again = _started(start, prompt).forward([build_tree(root, candidates=[long])])

@@ -21,8 +21,8 @@ class Switch:
         position: the first one on the far side.
         plain_after: the frequencies change with every token there (dynamic NTK), so that each needs its own forward.
         renews: the model computes all keys and values anew when it comes to `position` (as Phi-3 does).
-        forgets: it drops all keys and values there and does not compute them anew (Phi-3 in transformers before 5.18 or
-            so): `generate` goes on as if there were no text.
+        forgets: it drops all keys and values there and does not compute them anew (Phi-3 in transformers 5.16):
+            `generate` goes on as if there were no text.
     """
 
     position: int

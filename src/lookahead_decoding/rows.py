@@ -7,7 +7,7 @@ layers.
 
 The state of a recurrent layer cannot be cut back to the accepted tokens. So it is saved before a step with drafts, and
 where not all of a row was accepted, the accepted tokens are fed again from the saved state: ahead of the next step's
-tokens as long as there are few of them, and in a forward of their own when there are `REFED`.
+tokens as long as there are few of them, and in a forward of their own when there are more than `REFED`.
 
 `Lockstep` decodes several sequences of such a model plainly, as `generate` does.
 """
@@ -27,16 +27,13 @@ from .cache import TreeCache
 from .choose import StepLogits
 from .evaluate import as_written, device_of, evaluate, first_position, parameters_of, text_config
 from .tree import TokenTree
-from .trees import packed_weights
+from .trees import PREFILL_CHUNK, packed_weights
 
 REFED = 16
 """Accepted tokens that are fed again ahead of a step's own; more of them go alone."""
 
 PER_TOKEN = ("position_ids", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 """Inputs that have a value per token of the text."""
-
-CHUNK = 2048
-"""Tokens of a prompt in one forward."""
 
 
 class RowSteps:
@@ -97,10 +94,10 @@ class RowSteps:
         self._catch_up()
         (prompt,) = prompts
         first = 0
-        while len(prompt) - first > CHUNK:
-            self._feed([list(prompt[first : first + CHUNK])], [0])
-            self._advance(CHUNK)
-            first += CHUNK
+        while len(prompt) - first > PREFILL_CHUNK:
+            self._feed([list(prompt[first : first + PREFILL_CHUNK])], [0])
+            self._advance(PREFILL_CHUNK)
+            first += PREFILL_CHUNK
         rest = list(prompt[first:])
         logits = self._feed([rest], [len(rest) - 1])  # (1, 1, vocab)
         self._advance(len(rest) - 1)
@@ -140,8 +137,8 @@ class RowSteps:
             logits = self._feed([row + row[-1:] * (self._width - len(row)) for row in rows], range(before, self._width))
         place = {node: (row, depth) for row, path in enumerate(paths) for depth, node in enumerate(path)}
         self._fed, self._tree = paths, tree
-        rows_, depths = zip(*(place[node] for node in tree.scored), strict=True)
-        return StepLogits(logits[list(rows_), list(depths)][None], tuple(tree.scored))
+        at, depths = zip(*(place[node] for node in tree.scored), strict=True)
+        return StepLogits(logits[list(at), list(depths)][None], tuple(tree.scored))
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """As `Target.commit`."""

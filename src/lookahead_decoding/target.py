@@ -238,14 +238,13 @@ class Target:
             if inputs:
                 raise ValueError("images cannot join a text that the model computes anew here: pass it without a cache")
             return self._anew()
-        return self._whole(prompts, inputs)
+        return self._whole(prompts, inputs, self.lengths[0])
 
-    def _whole(self, prompts: Sequence[Sequence[int]], inputs: Mapping[str, Any] | None) -> StepLogits:
-        """Evaluate prompts in one forward, as `generate` does."""
+    def _whole(self, prompts: Sequence[Sequence[int]], inputs: Mapping[str, Any] | None, before: int) -> StepLogits:
+        """Evaluate prompts in one forward, as `generate` does, behind the first tokens that are committed."""
         assert not isinstance(self.steps, Lockstep)
         plain = Lockstep(self.model, 0, len(prompts))
         width = max(map(len, prompts))
-        before = self.lengths[0]
         if before and len(prompts) > 1:
             raise ValueError("a batch with a cache takes no images: decode the sequences one by one")
         if before:
@@ -259,14 +258,8 @@ class Target:
     def _anew(self) -> StepLogits:
         """Evaluate the whole text, of which nothing is committed any more."""
         if self._text is None:
-            raise ValueError(
-                "the model computes its whole text anew here, of which only the cache is known: pass all ids"
-            )
-        assert not isinstance(self.steps, Lockstep)
-        plain = Lockstep(self.model, 0, 1)
-        logits = plain.prefill([self._text])
-        self.steps.resume(plain.cache, [range(len(self._text))], plain.seen)
-        return logits
+            raise ValueError("the model computes its text anew here, and only its cache is known: pass all ids")
+        return self._whole([self._text], None, 0)
 
     def forward(self, trees: Sequence[TokenTree | None]) -> StepLogits:
         """Evaluate one tree per sequence behind its committed tokens; None where the sequence has ended."""
