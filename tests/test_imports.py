@@ -9,8 +9,20 @@ import lookahead_decoding
 
 LAYERS = [
     {"config", "tree", "window", "pool", "suffix", "shared", "sources", "grow", "lookahead", "budget", "stats"},
-    {"attention", "kernels", "graphs", "packed", "choose", "files", "profile", "shared_file"},
-    {"cache", "evaluate", "memory", "rope", "trees", "rows", "probe", "target"},
+    {
+        "attention",
+        "kernels",
+        "graphs",
+        "packed",
+        "choose",
+        "files",
+        "profile",
+        "shared_file",
+        "following",
+        "watch",
+        "ranks",
+    },
+    {"cache", "evaluate", "memory", "rope", "trees", "rows", "probe", "target", "parallel"},
     {"decode", "hf", "text", "exactness"},
     {"cli", "cli_common"},
 ]

@@ -12,7 +12,9 @@ from .config import PLAIN, LookaheadConfig
 from .decode import Request, autoregressive, decode
 from .hf import LookaheadDecoding, generate
 from .lookahead import Choice, Lookahead
+from .parallel import ShardedTarget
 from .pool import NgramPool
+from .ranks import Ranks, parallel
 from .shared import SharedPool
 from .shared_file import load_pool, save_pool
 from .stats import Stats
@@ -30,8 +32,10 @@ __all__ = [
     "LookaheadConfig",
     "LookaheadDecoding",
     "NgramPool",
+    "Ranks",
     "Request",
     "Sampler",
+    "ShardedTarget",
     "SharedPool",
     "Stats",
     "StepLogits",
@@ -45,6 +49,7 @@ __all__ = [
     "decode",
     "generate",
     "load_pool",
+    "parallel",
     "pocket_path",
     "save_pool",
     "stream",

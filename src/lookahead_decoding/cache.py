@@ -348,6 +348,40 @@ class TreeCache(Cache):  # type: ignore[misc]
             slots.spread(row, rows)
         self.lengths[:] = [length + rows for length in self.lengths]
 
+    @property
+    def bytes_per_token(self) -> int:
+        """That `taken` gives, once a forward has shown what they are."""
+        return sum(stack[:, 0, :, 0].nbytes for slots in self.all_slots for stack in slots.stacks)
+
+    def taken(self, sequence: int, first: int, tokens: int) -> torch.Tensor:
+        """Keys and values of committed tokens from a position on, as bytes."""
+        found = []
+        for slots in self.all_slots:
+            at = first - slots.starts[sequence]
+            found += [stack[:, sequence, :, at : at + tokens] for stack in slots.stacks]
+        return torch.cat([rows.contiguous().view(torch.uint8).flatten() for rows in found])
+
+    def put(self, sequence: int, first: int, tokens: int, content: torch.Tensor) -> None:
+        """Commit tokens whose keys and values another cache of this kind gave; those that are committed stay.
+
+        Args:
+            first: position of the first one, at most the committed length.
+            content: what `taken` gave there.
+        """
+        new = first + tokens - self.lengths[sequence]
+        if new <= 0:
+            return
+        self.make_room(new)
+        for slots in self.all_slots:
+            at = slots.held[sequence]
+            for stack in slots.stacks:
+                place = stack[:, sequence, :, at : at + new]
+                rows = stack[:, 0, :, :1].expand(-1, -1, tokens, -1)
+                size = rows.numel() * rows.element_size()
+                part, content = content[:size], content[size:]
+                place.copy_(part.clone().view(stack.dtype).view(rows.shape)[:, :, tokens - new :])
+        self.lengths[sequence] += new
+
     def save(self) -> list[dict[str, Any]]:
         """A copy of the states of recurrent layers."""
         return [copy.deepcopy(_state(layer)) for layer in self.stateful]

@@ -7,7 +7,8 @@ decoding by construction, whatever was guessed, and the tree only decides how ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,23 @@ from .tree import TokenTree
 
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Criterion = Callable[[torch.Tensor, tuple[torch.Tensor, ...] | None], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How far one sequence's tree matched.
+
+    Attributes:
+        tokens: that were emitted.
+        path: nodes that gave them, the root first.
+        finish_reason: of the sequence, if it ended there.
+        ranked: the target's best tokens after a node, best first, for the nodes that have logits.
+    """
+
+    tokens: tuple[int, ...]
+    path: tuple[int, ...]
+    finish_reason: str | None
+    ranked: Mapping[int, Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -48,6 +66,14 @@ class StepLogits:
         """The best tokens of every kept row, best first, (batch, kept rows, ranks); ties in any order."""
         found: list[list[list[int]]] = top_tokens(self.logits, ranks).tolist()
         return found
+
+    def rows(self, sequence: int) -> Mapping[int, int]:
+        """For each node of a sequence's tree that has logits here, its row."""
+        return {node: row for row, node in enumerate(self.nodes)}
+
+    def agree(self, walks: Sequence[Walk | None], samplers: Sequence[Sampler]) -> Sequence[Walk | None]:
+        """The walks that all who share in the step take: these, where nobody else does."""
+        return walks
 
 
 CHUNK = 128
@@ -88,6 +114,7 @@ class Sampler:
         do_sample: draw from the processed scores; otherwise take the best.
         generator: of the draws; torch's own by default.
         keep_scores, keep_logits: collect the processed scores, or the raw logits, of every token.
+        follows: it may have to take the tokens of another walk (see `follow`), for which it keeps copies.
     """
 
     def __init__(
@@ -102,8 +129,9 @@ class Sampler:
         generator: torch.Generator | None = None,
         keep_scores: bool = False,
         keep_logits: bool = False,
+        follows: bool = False,
     ) -> None:
-        self.length = ids.shape[1]
+        self.length = self._first = self._start = ids.shape[1]
         self._ids = torch.cat([ids, ids.new_zeros(1, max(0, max_length - self.length))], dim=1)
         self._max_length = max_length
         self._stop_ids = frozenset(stop_ids)
@@ -117,6 +145,11 @@ class Sampler:
         self.scores: tuple[torch.Tensor, ...] = ()  # (1, vocab) per token
         self.logits: tuple[torch.Tensor, ...] = ()  # (1, vocab) per token
         self.finish_reason: str | None = None
+        self._follows = follows
+        self._unused = copy.deepcopy((self._processors, self._criteria)) if follows else ([], [])
+        self._drawn_from = generator if generator is not None else _generator_of(ids.device)
+        self._random_state: torch.Tensor | None = None
+        self._vocabulary = 0
 
     @property
     def text(self) -> torch.Tensor:
@@ -130,7 +163,12 @@ class Sampler:
             logits: of the current node, (vocab,).
             best: their argmax.
         """
+        self._vocabulary = len(logits)
         token = best if self._plain else self._process(logits)
+        self._append(token)
+        return token
+
+    def _append(self, token: int) -> None:
         self._ids[0, self.length] = token
         self.length += 1
         if token in self._stop_ids:
@@ -141,7 +179,46 @@ class Sampler:
         for criterion in self._criteria:  # all of them, as plain decoding does: one may count its calls
             if bool(torch.as_tensor(criterion(self.text, scores)).any()) and self.finish_reason is None:
                 self.finish_reason = "stop"
-        return token
+
+    def begin(self) -> None:
+        """A walk begins."""
+        self._start = self.length
+        if self._follows and self._do_sample:
+            self._random_state = self._drawn_from.get_state()
+
+    def follow(self, tokens: Sequence[int], finish_reason: str | None) -> None:
+        """Take what another walk of this step has come to, instead of what this one has.
+
+        Afterwards everything is as if this sampler had taken the tokens itself: processors and criteria were called
+        once per token, and as much was drawn. Of tokens that were not taken here there are no scores, so a processor
+        whose state depends on them cannot follow (see `following`).
+        """
+        if self._ids[0, self._start : self.length].tolist() != list(tokens[: self.length - self._start]):
+            self._go_back()
+        for token in tokens[self.length - self._start :]:
+            self._pass(token)
+        self.finish_reason = finish_reason
+
+    def _go_back(self) -> None:
+        """To where the step began."""
+        taken = self._ids[0, self._first : self._start].tolist()
+        if self._processors or self._criteria:
+            self._processors, self._criteria = copy.deepcopy(self._unused)
+            self.length = self._first
+            for token in taken:
+                self._pass(token)
+        self.length = self._start
+        if self._random_state is not None:
+            self._drawn_from.set_state(self._random_state)
+
+    def _pass(self, token: int) -> None:
+        """Emit a token that was chosen elsewhere."""
+        nothing = torch.zeros(1, self._vocabulary, device=self._ids.device)
+        for processor in self._processors:
+            processor(self.text, nothing.clone())
+        if self._do_sample:  # the noise of a draw depends on how many scores there are, and not on what they are
+            torch.multinomial(nothing + 1, num_samples=1, generator=self._generator)
+        self._append(token)
 
     def _process(self, logits: torch.Tensor) -> int:
         raw = logits[None].to(copy=True, dtype=torch.float32, device=self._ids.device)  # (1, vocab)
@@ -171,22 +248,37 @@ def choose(
         ranks: how many of the best tokens of each node go into the choice.
     """
     best = step.argmax()
-    top = step.top(ranks) if ranks else None
-    row_of = {node: row for row, node in enumerate(step.nodes)}
-    choices: list[Choice | None] = []
+    top = step.top(ranks) if ranks else [[[token] for token in row] for row in best]
+    walks: list[Walk | None] = []
     for b, (tree, sampler) in enumerate(zip(trees, samplers, strict=True)):
         if tree is None:
-            choices.append(None)
+            walks.append(None)
             continue
-        node: int | None = 0
-        tokens: list[int] = []
+        row_of = step.rows(b)
+        node, tokens = 0, []
         path: list[int] = []
-        while node is not None and sampler.finish_reason is None:
+        sampler.begin()
+        while node in row_of and sampler.finish_reason is None:
             row = row_of[node]
             tokens.append(sampler.take(step.logits[b, row], best[b][row]))
             path.append(node)
-            node = tree.child(node, tokens[-1])
-        window_tokens = tuple(best[b][row_of[n]] for n in tree.last_row)
-        ranked = {n: top[b][row] for n, row in row_of.items() if n < len(tree)} if top else {}
-        choices.append(Choice(tuple(tokens), tuple(path), window_tokens, ranked))
+            child = tree.child(node, tokens[-1])
+            node = -1 if child is None else child
+        ranked = {n: top[b][row] for n, row in row_of.items() if n < len(tree)}
+        walks.append(Walk(tuple(tokens), tuple(path), sampler.finish_reason, ranked))
+    choices: list[Choice | None] = []
+    for tree, walk in zip(trees, step.agree(walks, samplers), strict=True):
+        if tree is None or walk is None:
+            choices.append(None)
+            continue
+        window_tokens = tuple(walk.ranked[n][0] for n in tree.last_row)
+        choices.append(Choice(walk.tokens, walk.path, window_tokens, walk.ranked if ranks else {}))
     return choices
+
+
+def _generator_of(device: torch.device) -> torch.Generator:
+    """Torch's own generator of a device."""
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return torch.cuda.default_generators[index]
+    return torch.default_generator

@@ -110,7 +110,7 @@ def decode(
             stats.count(trees, choices)
         with _timed(stats, "commit"):
             target.commit([choice.path if choice else () for choice in choices])
-            stats.refeeds = target.refeeds
+            target.report(stats)
         budget.spent(stats.step_seconds, target.fed_again)
         yield choices
         if all(s.finish_reason for s in samplers):

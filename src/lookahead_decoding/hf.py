@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,8 +39,11 @@ from .choose import Sampler
 from .config import LookaheadConfig
 from .decode import Request, decode
 from .evaluate import text_config, unwrapped
+from .following import refuse_what_cannot_follow
 from .lookahead import Choice, max_rows
+from .parallel import ShardedTarget
 from .probe import probe
+from .ranks import Ranks
 from .rope import switch_of
 from .shared import Namespace
 from .sources import Propose
@@ -163,6 +167,7 @@ class LookaheadDecoding:
         shared: a namespace of a `SharedPool`: candidates come from what its earlier requests have left, and what this
             one answers joins it once it is finished.
         compile: how a step runs, "auto", "off", "packed", "graphs" or "full" (see `Target`).
+        parallel: the ranks that share every step, as `ld.parallel()` gives them.
 
     Attributes:
         stats: counts of the last call.
@@ -180,6 +185,7 @@ class LookaheadDecoding:
         propose: Propose | None = None,
         shared: Namespace | None = None,
         compile: str = "auto",
+        parallel: Ranks | None = None,
     ) -> None:
         if config is not None and not isinstance(config, LookaheadConfig):
             raise TypeError(f"config must be a LookaheadConfig, got {type(config).__name__}")
@@ -193,6 +199,7 @@ class LookaheadDecoding:
         self.propose = propose
         self.shared = _shared(shared, self.config)
         self.compile = compile
+        self.parallel = parallel
         self.stats = Stats()
         self.finish_reasons: list[str] = []
 
@@ -256,12 +263,15 @@ class LookaheadDecoding:
         rows, usual = _layout(input_ids, model_kwargs, past, generation_config)
         if not usual:
             inputs["position_ids"] = model_kwargs["position_ids"]
+        if self.parallel is not None and self.parallel.size > 1:
+            _agree(self, self.parallel, model, input_ids, logits_processor, stopping_criteria, generation_config)
         requests = _requests(self, input_ids, logits_processor, stopping_criteria, generation_config, rows)
         before = past.get_seq_length()
         longest = before + max(r.limit - r.cached for r in requests)
         rows_of_tree = max_rows(self.config, own_source=self.propose is not None)
         capacity = longest + rows_of_tree
-        target = Target(model, capacity, len(requests), compile=self.compile, max_rows=rows_of_tree)
+        size = {"capacity": capacity, "batch": len(requests), "compile": self.compile, "max_rows": rows_of_tree}
+        target = Target(model, **size) if self.parallel is None else ShardedTarget(model, **size, ranks=self.parallel)
         target.check_length(before + max(len(r.prompt) - r.cached for r in requests), longest)
         if before:
             known = requests[0].prompt[: requests[0].cached] if requests[0].cached == before else None
@@ -357,6 +367,7 @@ def generate(
         propose=base.propose,
         shared=base.shared,
         compile=base.compile,
+        parallel=base.parallel,
     )
     decoding.stop_strings = base.stop_strings
     try:
@@ -513,12 +524,43 @@ def _requests(
             generator=generator,
             keep_scores=bool(config.return_dict_in_generate and config.output_scores),
             keep_logits=bool(config.return_dict_in_generate and config.output_logits),
+            follows=decoding.parallel is not None and decoding.parallel.shards > 1,
         )
         prompt = tuple(ids[row, place.skip :].tolist())
         barred = frozenset(stop_ids | ({_first(pad)} if pad is not None and stop_ids else set()))  # not worth guessing
         limit = max_length - place.skip
         requests.append(Request(prompt, sampler, limit, barred, decoding.propose, decoding.shared, place.cached))
     return requests
+
+
+def _agree(
+    decoding: LookaheadDecoding,
+    ranks: Ranks,
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+) -> None:
+    """See that all ranks were asked the same, and that each can take what another one has chosen."""
+    ranks.agree(
+        {
+            "prompt": hashlib.sha256(str(ids.tolist()).encode()).hexdigest()[:16],
+            "max_length": config.max_length,
+            "do_sample": config.do_sample,
+            "logits_processor": [type(p).__name__ for p in processors],
+            "stopping_criteria": [type(c).__name__ for c in criteria],
+            "seeds": decoding.seeds,
+            "compile": decoding.compile,
+        }
+    )
+    for name in ("output_scores", "output_logits"):
+        if config.return_dict_in_generate and getattr(config, name):
+            raise ValueError(f"{name}: only the rank that chose a token has its scores; ask for them on one device")
+    others = [c for c in criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria)]
+    refuse_what_cannot_follow(processors, others, ids[:1], text_config(model).vocab_size)
+    if config.do_sample:
+        ranks.random_state()
 
 
 def _generators(

@@ -32,6 +32,10 @@ class Stats:
         sources: drafts by the name of their source: "suffix" (of prompt and output), "recycled", "window", "shared",
             "own", and "pool" (n-grams of prompt and output with the paper's).
         seconds: time in prefill and in each part of a step, by name.
+        ranks: that shared the steps.
+        shared_seconds: time in all steps as the ranks agree on it, that of the slowest in each; None for a single one.
+        shard_rows: rows that this rank was fed in steps, accepted tokens that it was fed again included.
+        collectives, bytes_sent: of this rank to the others.
     """
 
     sequences: int = 0
@@ -45,6 +49,11 @@ class Stats:
     refeeds: int = 0
     sources: dict[str, SourceCount] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("prefill", *PHASES), 0.0))
+    ranks: int = 1
+    shared_seconds: float | None = None
+    shard_rows: int = 0
+    collectives: int = 0
+    bytes_sent: int = 0
 
     def count(self, trees: Sequence[TokenTree | None], choices: Sequence[Choice | None]) -> None:
         """Add one forward: the trees that were fed and what came of each."""
@@ -89,7 +98,8 @@ class Stats:
     @property
     def step_seconds(self) -> float:
         """Time in all steps, and in what prefill leaves to do after its forward."""
-        return sum(self.seconds[phase] for phase in PHASES)
+        own = sum(self.seconds[phase] for phase in PHASES)
+        return own if self.shared_seconds is None else self.shared_seconds
 
     @property
     def plain_share(self) -> float:

@@ -21,6 +21,7 @@ from .memory import memory_of
 from .probe import Steps, Strategy, probe
 from .rope import switch_of
 from .rows import Lockstep, RowSteps
+from .stats import Stats
 from .tree import TokenTree
 from .trees import COMPILE, TreeSteps, best_way, not_ready
 
@@ -205,6 +206,10 @@ class Target:
     def lengths(self) -> list[int]:
         """Committed tokens of each sequence."""
         return self.steps.lengths
+
+    def report(self, stats: Stats) -> None:
+        """Say what decoding cannot see of the steps so far."""
+        stats.refeeds = self.refeeds
 
     @property
     def capacity(self) -> int:

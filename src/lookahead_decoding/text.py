@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .config import LookaheadConfig
 from .evaluate import device_of, unwrapped
 from .hf import LookaheadDecoding, Run, call_generate
+from .ranks import Ranks
 from .shared import Namespace
 from .sources import Propose
 from .stats import Stats
@@ -72,6 +73,7 @@ def stream(
     propose: Propose | None = None,
     shared: Namespace | None = None,
     compile: str = "auto",
+    parallel: Ranks | None = None,
     **kwargs: Any,
 ) -> Iterator[StreamStep]:
     """Generate from one prompt, a step at a time.
@@ -86,6 +88,7 @@ def stream(
         seed: for sampling; torch's own generator is used if left out.
         propose, shared: further sources of candidates (see `LookaheadDecoding`).
         compile: how a step runs (see `Target`).
+        parallel: the ranks that share every step; each of them takes the same steps.
         kwargs: what `model.generate` takes, such as `max_new_tokens`, `do_sample` or `stop_strings`.
 
     Returns:
@@ -119,6 +122,7 @@ def stream(
         propose=propose,
         shared=shared,
         compile=compile,
+        parallel=parallel,
     )
     model = unwrapped(model)
     input_ids = torch.tensor([ids], device=device_of(model))

@@ -12,6 +12,19 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Shard:
+    """A part of a tree that holds every ancestor of its nodes, and so can be evaluated alone.
+
+    Attributes:
+        tree: the part, as a tree.
+        nodes: for each of its nodes, the node of the whole tree, in ascending order.
+    """
+
+    tree: TokenTree
+    nodes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class TokenTree:
     """Tokens with their structure.
 
@@ -68,11 +81,83 @@ class TokenTree:
         found = []
         for leaf in range(len(self.tokens)):
             if leaf not in inner:
-                path = [leaf]
-                while path[-1]:
-                    path.append(self.parents[path[-1]])
-                found.append(path[::-1])
+                found.append(self.path(leaf))
         return found
+
+    def path(self, node: int) -> list[int]:
+        """The nodes from the root to a node, both included."""
+        path = [node]
+        while path[-1]:
+            path.append(self.parents[path[-1]])
+        return path[::-1]
+
+    def shard(self, rank: int, world_size: int) -> Shard:
+        """The part of the tree that one rank evaluates; see `shards`."""
+        return self.shards([0] * world_size)[rank]
+
+    def shards(self, burdens: Sequence[int]) -> list[Shard]:
+        """Divide the tree among ranks (lookahead parallelism, arXiv 2402.02057, section 3.4).
+
+        Every node is in at least one shard, and the root in all. Leaves are taken in the order of a depth-first walk, a
+        run of them per rank, so that few ancestors are evaluated twice, and so that the rank with the most rows has as
+        few as such runs allow. A tree smaller than the number of ranks leaves some with the root alone.
+
+        Args:
+            burdens: per rank, rows that it has to evaluate besides its shard.
+        """
+        size = len(self.tokens)
+        order = self._depth_first()
+        low, high = -(-(size + sum(burdens)) // len(burdens)), size + max(burdens)
+        found = self._runs(order, burdens, high)
+        assert found is not None
+        while low < high:  # the least number of rows that suffices; more of them always do
+            middle = (low + high) // 2
+            runs = self._runs(order, burdens, middle)
+            if runs is None:
+                low = middle + 1
+            else:
+                found, high = runs, middle
+        return [self._part(sorted(nodes)) for nodes in found]
+
+    def _depth_first(self) -> list[int]:
+        """The nodes but the root, each after its parent and with its descendants behind it."""
+        children: list[list[int]] = [[] for _ in self.tokens]
+        for node in range(1, len(self.tokens)):
+            children[self.parents[node]].append(node)
+        order, waiting = [], children[0][::-1]
+        while waiting:
+            node = waiting.pop()
+            order.append(node)
+            waiting += children[node][::-1]
+        return order
+
+    def _runs(self, order: Sequence[int], burdens: Sequence[int], most: int) -> list[set[int]] | None:
+        """Runs of nodes with their ancestors, one per rank, of at most so many rows; None where they do not suffice."""
+        runs: list[set[int]] = []
+        at = 0
+        for burden in burdens:
+            run = {0}
+            while at < len(order):
+                above, node = [], order[at]
+                while node not in run:
+                    above.append(node)
+                    node = self.parents[node]
+                if burden + len(run) + len(above) > most:
+                    break
+                run.update(above)
+                at += 1
+            runs.append(run)
+        return runs if at == len(order) else None
+
+    def _part(self, nodes: Sequence[int]) -> Shard:
+        place = {node: i for i, node in enumerate(nodes)}
+        tree = TokenTree(
+            tuple(self.tokens[node] for node in nodes),
+            tuple(place[self.parents[node]] if node else -1 for node in nodes),
+            tuple(place[node] for node in self.last_row if node in place),
+            sum(node < self.first_candidate for node in nodes),
+        )
+        return Shard(tree, tuple(nodes))
 
     def child(self, node: int, token: int) -> int | None:
         """The candidate node under `node` that holds `token`, or None."""

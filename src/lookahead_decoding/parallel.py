@@ -1,0 +1,492 @@
+"""Lookahead parallelism: one step of one batch, divided over ranks that hold a copy of the model each.
+
+Every rank plans the same trees, evaluates its shard of them, and walks that far. One all-gather tells all of them how
+far each came, and what the model ranked best at each node; the longest walk is taken by all (arXiv 2402.02057,
+section 3.4). Accepted tokens that a rank did not evaluate itself are fed again, as a chain in front of the root of its
+next shard, or their keys and values are sent to it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import zlib
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from . import profile
+from .budget import SHAPES, StepTimes
+from .cache import ROOM
+from .choose import Sampler, StepLogits, Walk
+from .config import LookaheadConfig
+from .lookahead import max_rows as max_rows_of
+from .memory import memory_of
+from .ranks import Ranks
+from .sources import RANKS
+from .stats import Stats
+from .target import Target
+from .tree import Shard, TokenTree
+from .trees import TreeSteps
+
+HEADER = 7
+"""Integers of a message besides those of its sequences."""
+
+REASONS = (None, "stop", "length")
+"""Why a sequence ends, as a message says it."""
+
+SPARE_NODES = 8
+"""Of a rank whose shard is larger than its part of all rows, since some ancestors are in several shards."""
+
+LINK_TOKENS, LINK_TIMES = (1, 16), 5
+"""Tokens whose keys and values are sent to measure a link, and how often."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Of a message, the same in all steps of a request: integers of 4 bytes.
+
+    Attributes:
+        sequences: of the batch; three integers each.
+        nodes: of each sequence whose best tokens one rank says; what is more is left out, and not learned from.
+        width: best tokens per node.
+    """
+
+    sequences: int
+    nodes: int
+    width: int
+
+    @property
+    def size(self) -> int:
+        """Integers."""
+        return HEADER + self.sequences * (3 + self.nodes * self.width)
+
+
+@dataclass(frozen=True)
+class Division:
+    """How the trees of a step are divided.
+
+    Attributes:
+        trees: of all sequences; None where one has ended.
+        shards: of each rank that divides them, one per sequence.
+        fed_again: of each rank, per sequence, the accepted tokens that go in front of its shard.
+    """
+
+    trees: Sequence[TokenTree | None]
+    shards: Sequence[Sequence[Shard | None]]
+    fed_again: Sequence[Sequence[Sequence[int]]]
+
+    @functools.cached_property
+    def said(self) -> list[list[list[int]]]:
+        """Of each rank and sequence, the nodes whose best tokens it says: those with logits that no rank before has."""
+        left = [set(tree.scored) if tree is not None else set() for tree in self.trees]
+        found = []
+        for parts in self.shards:
+            own = [
+                [node for node in part.nodes if node in rest] if part is not None else []
+                for part, rest in zip(parts, left, strict=True)
+            ]
+            for rest, nodes in zip(left, own, strict=True):
+                rest.difference_update(nodes)
+            found.append(own)
+        return found
+
+    def held(self, shard: int, sequence: int, path: Sequence[int]) -> int:
+        """How many nodes of a path, from the root on, a rank has evaluated."""
+        part = self.shards[shard][sequence]
+        own = set(part.nodes) if part is not None else set()
+        return next((i for i, node in enumerate(path) if node not in own), len(path))
+
+    @property
+    def digest(self) -> int:
+        """Equal where the trees are."""
+        numbers = [n for t in self.trees for n in ((*t.tokens, *t.parents, *t.last_row, -2) if t else (-1,))]
+        return zlib.crc32(array("q", numbers).tobytes()) >> 1
+
+
+@dataclass(frozen=True)
+class ShardedLogits(StepLogits):
+    """Logits of one rank's shards.
+
+    Attributes:
+        target: whose step it is.
+        division: of that step.
+    """
+
+    target: ShardedTarget = field(kw_only=True)
+    division: Division = field(kw_only=True)
+
+    def rows(self, sequence: int) -> Mapping[int, int]:
+        shard = self.target.ranks.shard
+        part, lead = self.division.shards[shard][sequence], len(self.division.fed_again[shard][sequence])
+        if part is None:
+            return {}
+        row_of = {node: row for row, node in enumerate(self.nodes)}
+        return {node: row_of[lead + i] for i, node in enumerate(part.nodes) if lead + i in row_of}
+
+    def agree(self, walks: Sequence[Walk | None], samplers: Sequence[Sampler]) -> Sequence[Walk | None]:
+        agreed = self.target.exchange(self.division, walks)
+        for walk, sampler in zip(agreed, samplers, strict=True):
+            if walk is not None:
+                sampler.follow(walk.tokens, walk.finish_reason)
+        return agreed
+
+
+class ShardedTarget(Target):
+    """A target that evaluates its shard of every tree, and comes to one result with the targets of other ranks.
+
+    All ranks must make the same calls with the same arguments. What is committed is the same on all of them; keys and
+    values may lag behind by the tokens of the last step.
+
+    Args:
+        ranks: that share the steps; the other arguments are those of `Target`.
+
+    Raises:
+        ValueError: also where the model is not the same on all ranks; the message names the rank and what differs.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        capacity: int,
+        batch: int = 1,
+        compile: str = "auto",
+        max_rows: int = ROOM,
+        *,
+        ranks: Ranks,
+    ) -> None:
+        super().__init__(model, capacity, batch, compile, 2 * max_rows)  # with what may be fed again in front
+        self.ranks = ranks
+        ranks.agree(self._facts(), within=("weights",))
+        self._layout = Layout(batch, 1, 1)
+        self._pending: list[list[list[int]]] = [[[] for _ in range(batch)] for _ in range(ranks.shards)]
+        self._division = Division([], [], [])
+        self._steps = 0
+        self._digest = 0
+        self._times = StepTimes()
+        self._in_seconds = False
+        self._link: tuple[float, float] | None = None
+        self._since: float | None = None
+        self._talked = self._sending = 0.0  # seconds in the last step's all-gather, and in sending keys and values
+        self._seconds = self._transfer = 0.0
+        self._shard_rows = self._fed_again = 0
+        self._before = ranks.traffic.bytes, ranks.traffic.collectives
+
+    def _facts(self) -> dict[str, Any]:
+        made = memory_of(self.model).made
+        if "digest" not in made:
+            made["digest"] = None, digest_of(self.model)
+        return {
+            "version of lookahead-decoding": profile.machine_of(self.model, self.how).version,
+            "version of torch": torch.__version__,
+            "version of transformers": transformers.__version__,
+            "type of model": self.model.config.model_type,
+            "dtype": self.model.dtype,
+            "model configuration": _short(self.model.config.to_json_string(use_diff=False)),
+            "weights": made["digest"][1],
+            "way to check candidates": self.strategy.name,
+            "way to run a step": self.how,
+            "batch size": len(self.steps.lengths),
+        }
+
+    @property
+    def lengths(self) -> list[int]:
+        """Committed tokens of each sequence."""
+        own = self._pending[self.ranks.shard]
+        return [length + len(tokens) for length, tokens in zip(self.steps.lengths, own, strict=True)]
+
+    @property
+    def fed_again(self) -> int:
+        return self._fed_again
+
+    def fit(self, config: LookaheadConfig) -> LookaheadConfig:
+        """As `Target.fit`.
+
+        Raises:
+            ValueError: also where the ranks have other configurations.
+        """
+        config = super().fit(config)
+        self.ranks.agree({"lookahead configuration": config})
+        rows = -(-max_rows_of(config) // self.ranks.shards) + SPARE_NODES
+        widest = max(w for w, _ in SHAPES) if config.window_size is None else config.window_size
+        width = RANKS if "recycled" in config.sources else 1
+        self._layout = Layout(len(self.lengths), max(rows, min(widest, config.most_rows)), width)
+        return config
+
+    def check_length(self, prompt: int, longest: int) -> None:
+        if self.switch is not None and not self.plain and longest > self.switch.position and self.ranks.shards > 1:
+            raise ValueError(
+                f"the model's rotary frequencies change at {self.switch.position} tokens, and a sequence can reach "
+                f"{longest}, which several ranks cannot follow: shorten it, or decode it on one device"
+            )
+        super().check_length(prompt, longest)
+
+    def step_times(self, config: LookaheadConfig) -> StepTimes:
+        """t(n / ranks), since each evaluates its share of n rows."""
+        shards = self.ranks.shards
+        if config.step_times is not None:
+            self._times = StepTimes(divided(config.step_times, shards))
+        elif not config.adaptive:
+            self._times = StepTimes([(1, 1.0)])
+        else:
+            known = memory_of(self.model).times
+            key = "divided", shards, self.strategy, len(self.lengths), self.how, self.model.dtype
+            measured = profile.load(self.machine) or []
+            same = {int(n) for n in self.ranks.gather(torch.tensor([zlib.crc32(repr(measured).encode())]))}
+            if key not in known:
+                known[key] = StepTimes(divided(measured, shards) if len(same) == 1 else ())
+            self._times = known[key]
+        self._in_seconds = config.step_times is None and config.adaptive
+        return self._times
+
+    def prefill(self, prompts: Sequence[Sequence[int]], inputs: Mapping[str, Any] | None = None) -> StepLogits:
+        self._digest = zlib.crc32(array("q", [n for p in prompts for n in (*p, -1)]).tobytes(), sum(self.lengths)) >> 1
+        trees = [TokenTree((prompt[-1],), (-1,)) for prompt in prompts]
+        return self._divided(Division(trees, *self._shards(trees)), super().prefill(prompts, inputs))
+
+    def forward(self, trees: Sequence[TokenTree | None]) -> StepLogits:
+        division = Division(trees, *self._shards(trees))
+        own = self.ranks.shard
+        parts = zip(division.shards[own], division.fed_again[own], strict=True)
+        logits = super().forward([behind(lead, part.tree) if part else None for part, lead in parts])
+        self._shard_rows += max(len(lead) + len(part.nodes) for part, lead in self._fed(division, own))
+        return self._divided(division, logits)
+
+    def _fed(self, division: Division, shard: int) -> list[tuple[Shard, Sequence[int]]]:
+        pairs = zip(division.shards[shard], division.fed_again[shard], strict=True)
+        return [(part, lead) for part, lead in pairs if part is not None]
+
+    def _shards(self, trees: Sequence[TokenTree | None]) -> tuple[list[list[Shard | None]], list[list[list[int]]]]:
+        """Of each rank, its shards and what is fed in front of them."""
+        fed = [[list(tokens) for tokens in own] for own in self._pending]
+        columns = [
+            tree.shards([len(own[b]) for own in fed]) if tree is not None else [None] * len(fed)
+            for b, tree in enumerate(trees)
+        ]
+        return [list(row) for row in zip(*columns, strict=True)], fed
+
+    def _divided(self, division: Division, logits: StepLogits) -> ShardedLogits:
+        self._division = division
+        self._fed_again = max(len(lead) for s in range(self.ranks.shards) for _, lead in self._fed(division, s))
+        return ShardedLogits(logits.logits, logits.nodes, logits.best, target=self, division=division)
+
+    def exchange(self, division: Division, walks: Sequence[Walk | None]) -> list[Walk | None]:
+        """Tell the other ranks how far this one came, and take the longest walk of each sequence.
+
+        Raises:
+            RuntimeError: the ranks have come apart; the message names one.
+        """
+        layout, shard = self._layout, self.ranks.shard
+        now = perf_counter()
+        own = 0.0 if self._since is None else now - self._since
+        numbers = [self._steps, self._digest, division.digest, self.steps.fed_again]
+        numbers += [_micro(own), _micro(self._talked), _micro(self._sending)]
+        for walk, nodes in zip(walks, division.said[shard], strict=True):
+            numbers += _said(walk, nodes[: layout.nodes], layout)
+        messages = self.ranks.gather(torch.tensor(numbers, dtype=torch.int32)).tolist()
+        self._since = perf_counter()
+        self._talked = self._since - now
+        self._check(messages)
+        talked, sending = min(m[5] for m in messages), min(m[6] for m in messages)
+        self._seconds += (max(m[4] for m in messages) + talked) / 1e6
+        self._transfer += (talked + sending) / 1e6
+        self._fed_again = max(self._fed_again, *(m[3] for m in messages))
+        self._sending = 0.0
+        self._steps += 1
+        return [
+            self._longest(division, b, tree, messages) if tree is not None else None
+            for b, tree in enumerate(division.trees)
+        ]
+
+    def _check(self, messages: Sequence[Sequence[int]]) -> None:
+        for rank, message in enumerate(messages):
+            if message[:2] != messages[0][:2]:
+                raise RuntimeError(
+                    f"rank {rank} has another text than rank 0 in step {self._steps}: every rank must be given the "
+                    "same prompts and options"
+                )
+            if message[2] != messages[0][2]:
+                raise RuntimeError(
+                    f"rank {rank} has other candidates than rank 0 in step {self._steps}: a source of one's own, or a "
+                    "shared pool, must give the same on all ranks"
+                )
+
+    def _longest(self, division: Division, sequence: int, tree: TokenTree, messages: Sequence[Sequence[int]]) -> Walk:
+        """The longest walk that a message tells of, with what all of them say about the nodes."""
+        layout = self._layout
+        start = HEADER + sequence * (3 + layout.nodes * layout.width)
+        depths = tree.depths
+        last, bonus, reason = max((m[start : start + 3] for m in messages), key=lambda said: depths[said[0]])
+        path = tree.path(last)
+        ranked: dict[int, Sequence[int]] = {}
+        for shard in range(self.ranks.shards):
+            message = messages[shard * self.ranks.tensor_parallel]
+            for i, node in enumerate(division.said[shard][sequence][: layout.nodes]):
+                at = start + 3 + i * layout.width
+                ranked[node] = [token for token in message[at : at + layout.width] if token >= 0]
+        tokens = (*(tree.tokens[node] for node in path[1:]), bonus)
+        return Walk(tokens, tuple(path), REASONS[reason], ranked)
+
+    def commit(self, paths: Sequence[Sequence[int]]) -> None:
+        division, shards, own = self._division, range(self.ranks.shards), self.ranks.shard
+        held = [[division.held(shard, b, path) for b, path in enumerate(paths)] for shard in shards]
+        local = []
+        for b, path in enumerate(paths):
+            part, lead = division.shards[own][b], len(division.fed_again[own][b])
+            place = {node: lead + i for i, node in enumerate(part.nodes)} if part is not None else {}
+            local.append([*range(lead if path else 0), *(place[node] for node in path[: held[own][b]])])
+        before = [length + len(tokens) for length, tokens in zip(self.steps.lengths, self._pending[own], strict=True)]
+        super().commit(local)
+        for b, path in enumerate(paths):
+            tree = division.trees[b]
+            if tree is None or not path:
+                continue
+            tokens = [tree.tokens[node] for node in path]
+            self._digest = zlib.crc32(array("q", [b, *tokens]).tobytes(), self._digest) >> 1
+            for shard in shards:
+                self._pending[shard][b] = tokens[held[shard][b] :]
+        lags = [max(len(own[b]) for own in self._pending) if path else 0 for b, path in enumerate(paths)]
+        if any(lags) and self._pays_to_send(lags):
+            self._send(paths, held, before)
+
+    def _pays_to_send(self, lags: Sequence[int]) -> bool:
+        """Whether sending keys and values is cheaper than feeding the tokens again, as far as is known.
+
+        Args:
+            lags: of each sequence, the most tokens that a rank lacks.
+        """
+        if not isinstance(self.steps, TreeSteps) or self.ranks.exchange == "refeed":
+            return False
+        if self.ranks.exchange == "send":
+            return True
+        if not self._in_seconds:
+            return False
+        if self._link is None:
+            self._link = self._measured_link()
+        rows = max(len(tree) for tree in self._division.trees if tree is not None)
+        price = self._times(rows + self.ranks.shards * max(lags)) - self._times(rows)
+        each, more = self._link
+        return each + more * sum(lags) < price
+
+    def _measured_link(self) -> tuple[float, float]:
+        """Seconds of sending no token's keys and values, and of each one, as the slowest rank sees it."""
+        made = memory_of(self.model).made
+        if "link" not in made:
+            size = self.steps.cache.bytes_per_token
+            best = []
+            for tokens in LINK_TOKENS:
+                buffer = torch.zeros(tokens * size, dtype=torch.uint8, device=self.ranks.device)
+                times = []
+                for _ in range(LINK_TIMES):
+                    self.ranks.gather(torch.zeros(1, dtype=torch.int32))  # all begin at once
+                    start = perf_counter()
+                    self.ranks.share(buffer, 0)
+                    if buffer.device.type == "cuda":
+                        torch.cuda.synchronize(buffer.device)
+                    times.append(perf_counter() - start)
+                best.append(min(times))
+            slowest = self.ranks.gather(torch.tensor(best, dtype=torch.float64)).amax(0).tolist()
+            more = max(0.0, slowest[1] - slowest[0]) / (LINK_TOKENS[1] - LINK_TOKENS[0])
+            made["link"] = None, (max(0.0, slowest[0] - more * LINK_TOKENS[0]), more)
+        link: tuple[float, float] = made["link"][1]
+        return link
+
+    def _send(self, paths: Sequence[Sequence[int]], held: Sequence[Sequence[int]], before: Sequence[int]) -> None:
+        """Bring the keys and values of all ranks up to date."""
+        start, own = perf_counter(), self.ranks.shard
+        cache = self.steps.cache
+        wanted: dict[int, list[tuple[int, int]]] = {}  # sequences and the first node that somebody lacks, by source
+        for b, path in enumerate(paths):
+            first = min(row[b] for row in held)
+            if first < len(path):
+                source = next(shard for shard, row in enumerate(held) if row[b] == len(path))
+                wanted.setdefault(source, []).append((b, first))
+        for source, pieces in sorted(wanted.items()):
+            counts = [len(paths[b]) - first for b, first in pieces]
+            buffer = torch.empty(sum(counts) * cache.bytes_per_token, dtype=torch.uint8, device=self.ranks.device)
+            if source == own:
+                places = [(b, before[b] + first, count) for (b, first), count in zip(pieces, counts, strict=True)]
+                buffer = torch.cat([cache.taken(*place) for place in places])
+            self.ranks.share(buffer, source)
+            if source != own:
+                parts = torch.split(buffer, [count * cache.bytes_per_token for count in counts])
+                for (b, first), count, part in zip(pieces, counts, parts, strict=True):
+                    cache.put(b, before[b] + first, count, part)
+            for b, _ in pieces:
+                for rank in self._pending:
+                    rank[b] = []
+        self._sending += perf_counter() - start
+
+    def store(self, past: Cache, starts: Sequence[int]) -> None:
+        own = self._pending[self.ranks.shard]
+        if any(own):  # the others do not take part in this
+            super().forward([TokenTree(tuple(t), tuple(range(-1, len(t) - 1))) if t else None for t in own])
+            super().commit([range(len(tokens)) for tokens in own])
+            own[:] = [[] for _ in own]
+        super().store(past, starts)
+
+    def report(self, stats: Stats) -> None:
+        super().report(stats)
+        sent, collectives = self.ranks.traffic.bytes - self._before[0], self.ranks.traffic.collectives - self._before[1]
+        stats.ranks = self.ranks.size
+        stats.shared_seconds = self._seconds
+        stats.shard_rows = self._shard_rows
+        stats.bytes_sent, stats.collectives = sent, collectives
+        stats.seconds["communication"] = self._transfer
+
+
+def behind(lead: Sequence[int], tree: TokenTree) -> TokenTree:
+    """A tree with a chain of tokens in front of its root, whose logits are wanted still."""
+    n = len(lead)
+    if not n:
+        return tree
+    parents = (*range(-1, n - 1), *(parent + n for parent in tree.parents))
+    last_row = (n, *(node + n for node in tree.last_row if node))
+    return TokenTree((*lead, *tree.tokens), parents, last_row, tree.first_candidate + n)
+
+
+def divided(times: Sequence[tuple[int, float]], shards: int) -> list[tuple[int, float]]:
+    """t(n) of steps that are divided over ranks, from t(n) of one rank: a step of one row is none the faster."""
+    return [(rows if rows == 1 else rows * shards, time) for rows, time in times]
+
+
+def digest_of(model: PreTrainedModel) -> str:
+    """Of a sample of all weights, those of this rank where they are divided."""
+    sums = hashlib.sha256()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+            sums.update(f"{name} {tuple(local.shape)} {local.dtype}".encode())
+            if type(local) in (torch.Tensor, torch.nn.Parameter) and local.device.type != "meta" and local.numel():
+                flat = local.detach().reshape(-1)
+                sample = flat[:: max(1, flat.numel() // 64)].cpu().contiguous()
+                sums.update(sample.view(torch.uint8).numpy().tobytes())
+    return sums.hexdigest()[:16]
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(json.dumps(json.loads(text), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _micro(seconds: float) -> int:
+    return min(int(seconds * 1e6), 2**31 - 1)
+
+
+def _said(walk: Walk | None, nodes: Sequence[int], layout: Layout) -> list[int]:
+    """What a message says of a sequence: how far its walk came, the token after that, whether it ended, and the best
+    tokens of some nodes."""
+    if walk is None:
+        return [0] * (3 + layout.nodes * layout.width)
+    numbers = [walk.path[-1], walk.tokens[-1], REASONS.index(walk.finish_reason)]
+    for node in nodes:
+        best = list(walk.ranked[node][: layout.width])
+        numbers += best + [-1] * (layout.width - len(best))
+    return numbers + [-1] * (3 + layout.nodes * layout.width - len(numbers))

@@ -1,0 +1,244 @@
+"""Looking after the other ranks: none of them is waited for in vain.
+
+Every rank has a thread that leaves a sign of life in a store twice a second, and looks at those of the others. Where
+one has died, has stopped, has failed or does not come to a collective that the others wait in, the thread says so and
+ends its process, whatever the rest of it waits for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import NoReturn
+
+import torch.distributed as dist
+
+BEAT = 0.5
+"""Seconds between two signs of life."""
+
+SILENCE = 15.0
+"""Seconds without one after which a rank is given up."""
+
+SUSPICION = 3.0
+"""The same once a connection broke, or this process was told to end: somebody has gone."""
+
+GRACE = 2.0
+"""Seconds for this rank to come to the same end by itself, where another one has failed."""
+
+RUNNING, DONE, FAILED, ENDED = "running", "done", "failed", "ended"
+
+
+@dataclass(frozen=True)
+class Sign:
+    """What a rank says of itself.
+
+    Attributes:
+        beat: grows as long as its process runs.
+        state: "running"; "done" or "failed" where it left what is watched; "ended" where it was made to.
+        collectives: that it has come to.
+        host, process: where it is.
+        problem: why it failed.
+    """
+
+    beat: int
+    state: str
+    collectives: int
+    host: str
+    process: int
+    problem: str = ""
+
+    @property
+    def place(self) -> str:
+        return f"process {self.process} on {self.host}"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with other ranks, in words, and which ones."""
+
+    ranks: tuple[int, ...]
+    problem: str
+
+
+def fault_of(
+    rank: int, signs: Mapping[int, Sign], silent: Mapping[int, float], waits: float, patience: float, silence: float
+) -> Fault | None:
+    """What is wrong with the other ranks; None if they are well.
+
+    Args:
+        rank: of the one who asks.
+        signs: the last one of each rank.
+        silent: seconds since then, by rank.
+        waits: seconds that the one who asks has waited in a collective.
+        patience: seconds after which a rank that does not come to a collective is given up.
+        silence: seconds after which a rank without a sign of life is.
+    """
+    others = {other: sign for other, sign in signs.items() if other != rank}
+    for other, sign in others.items():
+        if sign.state == FAILED and silent[other] > GRACE:
+            return Fault((other,), f"rank {other} ({sign.place}) failed: {sign.problem}")
+    for other, sign in others.items():
+        if sign.state == RUNNING and silent[other] > silence:
+            what = f"died or was stopped: no sign of life for {silent[other]:.0f} s"
+            return Fault((other,), f"rank {other} ({sign.place}) {what}")
+    behind = {other: sign for other, sign in others.items() if sign.collectives < signs[rank].collectives}
+    left = [other for other, sign in behind.items() if sign.state == DONE]
+    if left and waits > GRACE:
+        return Fault(tuple(left), f"rank {left[0]} has left where rank {rank} waits for it: {ALIKE}")
+    if behind and waits > patience:
+        names = ", ".join(f"rank {other} ({sign.place})" for other, sign in behind.items())
+        return Fault(tuple(behind), f"rank {rank} has waited for {waits:.0f} s for {names}: {ALIKE}")
+    return None
+
+
+ALIKE = "all ranks must make the same calls, or one hangs"
+
+
+class Watch:
+    """Of one rank over all others.
+
+    Args:
+        rank, size: of the ranks.
+        host, port: of the store, as torchrun names them.
+        patience: seconds after which a rank that others wait for in a collective is given up.
+        name: of what is watched, which is one run of all ranks.
+    """
+
+    def __init__(self, rank: int, size: int, host: str, port: int, patience: float, name: str) -> None:
+        self._rank = rank
+        self._patience = patience
+        limit = timedelta(seconds=5)
+        self._store = dist.TCPStore(host, port, is_master=False, timeout=limit, wait_for_workers=False)  # type: ignore[attr-defined]
+        self._keys = [f"{name}/{other}" for other in range(size)]
+        self._sign = Sign(0, RUNNING, 0, socket.gethostname(), os.getpid())
+        self._signs: dict[int, Sign] = {}
+        self._seen: dict[int, float] = {}  # when each rank's last sign was
+        self._collectives = 0
+        self._waits_since: float | None = None
+        self._suspicious_since: float | None = None
+        self._told_to_end = False
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch over other ranks", daemon=True)
+        self._signals, self._wakeup = os.pipe()
+        os.set_blocking(self._signals, False)
+        os.set_blocking(self._wakeup, False)
+
+    def start(self) -> None:
+        """Wait for all ranks, and watch them from here on.
+
+        Raises:
+            TimeoutError: a rank did not come.
+        """
+        self._leave()
+        end = time.monotonic() + self._patience
+        while missing := [rank for rank, key in enumerate(self._keys) if not self._store.check([key])]:
+            if time.monotonic() > end:
+                raise TimeoutError(f"rank {missing[0]} did not start within {self._patience:.0f} s")
+            time.sleep(BEAT / 10)
+        self._look()
+        self._thread.start()
+
+    def stop(self, error: BaseException | None = None) -> None:
+        """This rank leaves, in order or with an error."""
+        if isinstance(
+            error, (RuntimeError, dist.DistError)
+        ):  # somebody else may be the cause, which the thread finds out
+            self._suspicious_since = time.monotonic()
+            self._over.wait(SUSPICION + GRACE)
+        self._over.set()
+        self._thread.join()
+        problem = "" if error is None else (str(error).strip().splitlines() or [type(error).__name__])[0]
+        with suppress(Exception):  # the store may have gone with its owner
+            self._leave(DONE if error is None else FAILED, problem)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around a collective."""
+        self._collectives += 1
+        self._waits_since = time.monotonic()
+        yield
+        self._waits_since = None
+
+    @contextmanager
+    def told_to_end(self) -> Iterator[None]:
+        """Inside, SIGTERM, which torchrun sends to all ranks where one has died, waits until the reason is known."""
+        if threading.current_thread() is not threading.main_thread():  # only that one can receive signals
+            yield
+            return
+        handler = signal.signal(signal.SIGTERM, lambda number, frame: None)
+        wakeup = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(wakeup)
+            signal.signal(signal.SIGTERM, handler)
+
+    def _run(self) -> None:
+        failing_since: float | None = None
+        while not self._over.wait(BEAT):
+            try:
+                self._leave()
+                self._look()
+                failing_since = None
+            except Exception as error:
+                failing_since = failing_since or time.monotonic()
+                if time.monotonic() - failing_since > SUSPICION:
+                    self._end(Fault((0,), f"the store of the ranks, on rank 0's machine, does not answer: {error}"))
+                continue
+            self._judge(time.monotonic())
+
+    def _judge(self, now: float) -> None:
+        with suppress(BlockingIOError):
+            if signal.SIGTERM in os.read(self._signals, 64):
+                self._told_to_end = True
+                self._suspicious_since = self._suspicious_since or now
+        suspicious = self._suspicious_since is not None
+        fault = fault_of(
+            self._rank,
+            self._signs,
+            {rank: now - seen for rank, seen in self._seen.items()},
+            now - self._waits_since if self._waits_since is not None else 0.0,
+            self._patience,
+            SUSPICION if suspicious else SILENCE,
+        )
+        if fault is not None:
+            self._end(fault)
+        if self._told_to_end and self._suspicious_since and now - self._suspicious_since > SUSPICION + GRACE:
+            self._end(None)  # by the user, then
+
+    def _leave(self, state: str = RUNNING, problem: str = "") -> None:
+        """A sign of life."""
+        last = self._sign
+        self._sign = Sign(last.beat + 1, state, self._collectives, last.host, last.process, problem)
+        self._store.set(self._keys[self._rank], json.dumps(asdict(self._sign)))
+
+    def _look(self) -> None:
+        """At the signs of all ranks."""
+        now = time.monotonic()
+        for rank, value in enumerate(self._store.multi_get(self._keys)):
+            sign = Sign(**json.loads(value))
+            if rank not in self._signs or self._signs[rank].beat != sign.beat:
+                self._signs[rank], self._seen[rank] = sign, now
+
+    def _end(self, fault: Fault | None) -> NoReturn:
+        """End this process. Of the ranks on one machine, the first that is well says why."""
+        if fault is not None:
+            well = [
+                rank
+                for rank, sign in self._signs.items()
+                if sign.host == self._sign.host and sign.state in (RUNNING, ENDED) and rank not in fault.ranks
+            ]
+            if self._rank == min(well, default=self._rank):
+                print(f"lookahead: {fault.problem}", file=sys.stderr, flush=True)
+        with suppress(Exception):
+            self._leave(ENDED)
+        os._exit(1 if fault is not None else 128 + signal.SIGTERM)
