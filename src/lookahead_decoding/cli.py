@@ -37,10 +37,12 @@ from .cli_common import (
     room,
     sampling,
     shared_text,
+    with_ranks,
 )
 from .config import MAX_ROWS, PLAIN, SOURCES, LookaheadConfig
 from .exactness import compare
 from .hf import LookaheadDecoding, Run, call_generate, context_of
+from .ranks import Ranks, speaks, started
 from .shared import Namespace
 from .text import Detokenizer, decode_text, stream
 from .trees import COMPILE
@@ -50,6 +52,9 @@ DEMO_PROMPTS = (
     'class Stack:\n    """A stack with push and pop."""\n\n    def __init__(self, items=None):\n',
     "import argparse\n\n\ndef main():\n    parser = argparse.ArgumentParser(",
 )
+WITH_RANKS = ("generate", "bench")
+"""Commands that torchrun may start."""
+
 STEP_COLOURS = ("cyan", "yellow", "magenta", "green")
 
 
@@ -216,13 +221,16 @@ def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
-def cli() -> None:
+@click.pass_context
+def cli(command: click.Context) -> None:
     """Exact lookahead decoding: the same text in fewer steps.
 
     MODEL is 'pocket' (a small model that ships with the package), a local folder, or a hub id.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    if started() and command.invoked_subcommand not in WITH_RANKS:
+        raise Problem(f"{command.invoked_subcommand} is for one process: start it without torchrun")
 
 
 @cli.command()
@@ -238,6 +246,7 @@ def cli() -> None:
 @_shared_options
 @click.option("--plain", is_flag=True, help="Decode plainly, for comparison.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per prompt, and nothing else.")
+@with_ranks
 def generate(
     model: str,
     device: str | None,
@@ -258,20 +267,22 @@ def generate(
     shared: Namespace | None,
     plain: bool,
     as_json: bool,
+    ranks: Ranks | None,
 ) -> None:
-    """Continue one prompt, or every prompt of a file."""
+    """Continue one prompt, or every prompt of a file.
+
+    Started with torchrun, all ranks share every step, and the first one prints.
+    """
     if plain and config != LookaheadConfig():
         raise Problem("--plain guesses nothing: leave out what is set for lookahead decoding")
     config = PLAIN if plain else config
     if prompt is not None and prompts is not None:
         raise Problem("--prompt and --prompts exclude each other: give one of them")
     if prompt is None and prompts is None:
-        try:
-            prompt = sys.stdin.buffer.read().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise Problem("standard input is not UTF-8") from error
+        prompt = _standard_input() if ranks is None or ranks.first else ""
+        prompt = prompt if ranks is None else ranks.spoken(prompt)
     texts = read_prompts(prompts, field) if prompts else [prompt or ""]
-    target, tokenizer = load(model, dtype, device, trust_remote_code)
+    target, tokenizer = load(model, dtype, device, trust_remote_code, ranks)
     encoded = [
         encode(target, tokenizer, text, f"prompt {i}" if prompts else "the prompt") for i, text in enumerate(texts, 1)
     ]
@@ -282,15 +293,17 @@ def generate(
         raise Problem("--stop needs a text, got an empty one")
     if stop:
         options["stop_strings"] = list(stop)
-    watching = sys.stderr.isatty() and len(encoded) > 1
+    watching = sys.stderr.isatty() and len(encoded) > 1 and speaks()
     with Progress(console=Console(stderr=True), disable=not watching) as progress:
         task = progress.add_task("prompts", total=len(encoded))
         first = 0
         for batch, length in batches(target, encoded, batch_size, max_new_tokens):
             seeds = [seed + first + i for i in range(len(batch))]
-            printer = _Printer(tokenizer, enabled=not as_json and len(encoded) == 1)
+            printer = _Printer(tokenizer, enabled=not as_json and len(encoded) == 1 and speaks())
             try:
-                decoding = LookaheadDecoding(config, tokenizer=tokenizer, seeds=seeds, shared=shared, compile=compile)
+                decoding = LookaheadDecoding(
+                    config, tokenizer=tokenizer, seeds=seeds, shared=shared, compile=compile, parallel=ranks
+                )
                 answers = answer(
                     target, tokenizer, batch, decoding, {**options, "max_new_tokens": length}, printer.step
                 )
@@ -305,6 +318,13 @@ def generate(
                     printer.end(one)
                 else:
                     print(f"{text}{one.text}\n", flush=True)
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Problem("standard input is not UTF-8") from error
 
 
 class _Printer:
@@ -524,7 +544,7 @@ def main() -> None:
     """The `lookahead` command: problems in one line on stderr, exit code 2."""
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *others: print(f"lookahead: {message}", file=sys.stderr)
+            warnings.showwarning = lambda message, *others: _complain(str(message))
             cli.main(standalone_mode=False)
     except click.exceptions.Abort:
         sys.exit(130)
@@ -532,14 +552,20 @@ def main() -> None:
         print(error.ctx.get_help(), file=sys.stderr)
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        print(f"lookahead: {first_line(Exception(error.format_message()))}", file=sys.stderr)
+        _complain(first_line(Exception(error.format_message())))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
         place = f": {error.filename}" if error.filename else ""
-        print(f"lookahead: {error.strerror or error}{place}", file=sys.stderr)
+        _complain(f"{error.strerror or error}{place}")
         sys.exit(1)
+
+
+def _complain(message: str) -> None:
+    """One line on stderr; of several ranks, the first one's."""
+    if speaks():
+        print(f"lookahead: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from . import pocket_path
 from .config import SOURCES, LookaheadConfig
 from .hf import context_of
 from .probe import probe
+from .ranks import START, Ranks, parallel, speaks, started
 from .shared import Namespace, SharedPool
 from .shared_file import load_pool, save_pool
+from .tensor_parallel import divide
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
@@ -28,20 +32,60 @@ class Problem(click.ClickException):
     exit_code = 2
 
 
-def load(name: str, dtype: str, device: str | None, trust: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer by 'pocket', a folder, or a hub id."""
+def with_ranks(command: Callable[..., None]) -> Callable[..., None]:
+    """Let torchrun start a command: it gets the ranks as `ranks`, None without torchrun, and the first one prints."""
+
+    @functools.wraps(command)
+    def joined(tensor_parallel: int, device: str | None, **rest: Any) -> None:
+        if not started():
+            if tensor_parallel > 1:
+                raise Problem(f"--tensor-parallel divides a model over ranks: {START}")
+            command(device=device, ranks=None, **rest)
+            return
+        try:
+            with parallel(tensor_parallel=tensor_parallel, device=device) as ranks, _speaking(ranks):
+                command(device=device, ranks=ranks, **rest)
+        except ValueError as error:
+            raise Problem(first_line(error)) from error
+
+    return click.option(
+        "--tensor-parallel",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        help="Ranks that hold one copy of the model together; needs torchrun.",
+    )(joined)
+
+
+@contextmanager
+def _speaking(ranks: Ranks) -> Iterator[None]:
+    """Inside, only the first rank prints."""
+    if ranks.first:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield
+
+
+def load(
+    name: str, dtype: str, device: str | None, trust: bool, ranks: Ranks | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer by 'pocket', a folder, or a hub id; the part of one rank where ranks divide it."""
     path = pocket_path() if name == "pocket" else name
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
     if looks_local and not Path(path).expanduser().is_dir():
         raise Problem(f"no model folder at {name!r}")
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if ranks is not None:
+        where = str(ranks.device)
     try:
         torch.empty(0, device=where)
     except (RuntimeError, AssertionError) as error:
         raise Problem(f"cannot use device {where!r}: {first_line(error)}") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust).to(where)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust)
+        model = model.to(where) if ranks is None else divide(model, ranks)
     except Exception as error:  # a broken folder fails in as many ways as there are files in it
         raise Problem(f"cannot load a model from {name!r}: {first_line(error)}") from error
     try:
@@ -146,5 +190,5 @@ def shared_text(path: Path | None, name: str | None) -> Iterator[Namespace | Non
     try:
         yield namespace
     finally:
-        if namespace.tokens:
+        if namespace.tokens and speaks():
             save_pool(pool, path)

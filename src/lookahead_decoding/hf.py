@@ -263,6 +263,10 @@ class LookaheadDecoding:
         rows, usual = _layout(input_ids, model_kwargs, past, generation_config)
         if not usual:
             inputs["position_ids"] = model_kwargs["position_ids"]
+        if self.parallel is None and any(hasattr(p, "to_local") for p in model.parameters()):
+            raise ValueError(
+                "the model is divided over ranks, which take steps together: pass parallel=ld.parallel()'s"
+            )
         if self.parallel is not None and self.parallel.size > 1:
             _agree(self, self.parallel, model, input_ids, logits_processor, stopping_criteria, generation_config)
         requests = _requests(self, input_ids, logits_processor, stopping_criteria, generation_config, rows)

@@ -177,8 +177,7 @@ class ShardedTarget(Target):
         self._since: float | None = None
         self._talked = self._sending = 0.0  # seconds in the last step's all-gather, and in sending keys and values
         self._seconds = self._transfer = 0.0
-        self._shard_rows = self._fed_again = 0
-        self._before = ranks.traffic.bytes, ranks.traffic.collectives
+        self._shard_rows = self._fed_again = self._collectives = self._message_bytes = self._sent_bytes = 0
 
     def _facts(self) -> dict[str, Any]:
         made = memory_of(self.model).made
@@ -291,7 +290,10 @@ class ShardedTarget(Target):
         numbers += [_micro(own), _micro(self._talked), _micro(self._sending)]
         for walk, nodes in zip(walks, division.said[shard], strict=True):
             numbers += _said(walk, nodes[: layout.nodes], layout)
-        messages = self.ranks.gather(torch.tensor(numbers, dtype=torch.int32)).tolist()
+        message = torch.tensor(numbers, dtype=torch.int32)
+        messages = self.ranks.gather(message).tolist()
+        self._collectives += 1
+        self._message_bytes += message.nbytes
         self._since = perf_counter()
         self._talked = self._since - now
         self._check(messages)
@@ -416,6 +418,8 @@ class ShardedTarget(Target):
                 places = [(b, before[b] + first, count) for (b, first), count in zip(pieces, counts, strict=True)]
                 buffer = torch.cat([cache.taken(*place) for place in places])
             self.ranks.share(buffer, source)
+            self._collectives += 1
+            self._sent_bytes += buffer.nbytes if source == own else 0
             if source != own:
                 parts = torch.split(buffer, [count * cache.bytes_per_token for count in counts])
                 for (b, first), count, part in zip(pieces, counts, parts, strict=True):
@@ -435,12 +439,12 @@ class ShardedTarget(Target):
 
     def report(self, stats: Stats) -> None:
         super().report(stats)
-        sent, collectives = self.ranks.traffic.bytes - self._before[0], self.ranks.traffic.collectives - self._before[1]
         stats.ranks = self.ranks.size
         stats.shared_seconds = self._seconds
+        stats.communication_seconds = self._transfer
         stats.shard_rows = self._shard_rows
-        stats.bytes_sent, stats.collectives = sent, collectives
-        stats.seconds["communication"] = self._transfer
+        stats.collectives = self._collectives
+        stats.message_bytes, stats.sent_bytes = self._message_bytes, self._sent_bytes
 
 
 def behind(lead: Sequence[int], tree: TokenTree) -> TokenTree:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -31,21 +30,6 @@ EXCHANGES = ("auto", "refeed", "send")
 START = "start the program with torchrun --nproc-per-node RANKS"
 
 
-@dataclass
-class Traffic:
-    """What one rank has said to the others.
-
-    Attributes:
-        collectives: all-gathers and broadcasts.
-        bytes: that this rank gave.
-        seconds: in them, waiting for the slowest rank included.
-    """
-
-    collectives: int = 0
-    bytes: int = 0
-    seconds: float = 0.0
-
-
 @dataclass(frozen=True)
 class Ranks:
     """The ranks of a run, as one of them sees it.
@@ -61,7 +45,6 @@ class Ranks:
         exchange: how accepted tokens come to ranks that did not evaluate them: "refeed", "send", or "auto", which is
             what is estimated to take less time.
         watch: over the others; None for a single rank.
-        traffic: with the others so far.
     """
 
     rank: int
@@ -71,7 +54,6 @@ class Ranks:
     exchange: str = "auto"
     mesh: DeviceMesh | None = None
     watch: Watch | None = None
-    traffic: Traffic = field(default_factory=Traffic)
 
     @property
     def shards(self) -> int:
@@ -95,10 +77,9 @@ class Ranks:
         place = self.device if dist.get_backend() == "nccl" else torch.device("cpu")
         own = own.to(place)
         found = own.new_empty(self.size, *own.shape)
-        with self._counted(own.nbytes):
+        with self._waiting():
             dist.all_gather(list(found.unbind()), own)
-            found = found.cpu()
-        return found
+            return found.cpu()
 
     def share(self, tensor: torch.Tensor, shard: int) -> None:
         """Fill a tensor on all ranks with that of the ranks of one shard; all call it, with one shape and dtype."""
@@ -108,20 +89,14 @@ class Ranks:
         on_cpu = dist.get_backend() == "gloo" and tensor.device.type != "cpu"
         moved = tensor.cpu() if on_cpu else tensor
         source = shard * self.tensor_parallel + self.rank % self.tensor_parallel
-        with self._counted(tensor.nbytes if shard == self.shard else 0):
+        with self._waiting():
             dist.broadcast(moved, source, group=self.mesh.get_group("lookahead"))
         if on_cpu:
             tensor.copy_(moved)
 
-    @contextmanager
-    def _counted(self, size: int) -> Iterator[None]:
+    def _waiting(self) -> AbstractContextManager[None]:
         assert self.watch is not None
-        start = perf_counter()
-        with self.watch.waiting():
-            yield
-        self.traffic.collectives += 1
-        self.traffic.bytes += size
-        self.traffic.seconds += perf_counter() - start
+        return self.watch.waiting()
 
     def agree(self, facts: Mapping[str, Any], within: Sequence[str] = ()) -> None:
         """Check that something is the same on all ranks.
@@ -152,6 +127,17 @@ class Ranks:
                         f"{found[other].get(name)!r}. All ranks must have the same"
                     )
 
+    def spoken(self, text: str) -> str:
+        """The first rank's text, on all ranks."""
+        if self.size == 1:
+            return text
+        content = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        length = int(self.gather(torch.tensor([len(content)]))[0])
+        own = torch.zeros(length, dtype=torch.uint8)
+        if self.first:
+            own[:] = content
+        return bytes(self.gather(own)[0].tolist()).decode()
+
     def random_state(self) -> None:
         """Give torch's own random generators on all ranks the state that they have on rank 0."""
         if self.size == 1:
@@ -164,6 +150,11 @@ class Ranks:
 def started() -> bool:
     """Whether this process is one of several that torchrun started, or the only one."""
     return all(name in os.environ for name in VARIABLES)
+
+
+def speaks() -> bool:
+    """Whether this process is the one that speaks to the user."""
+    return not started() or os.environ["RANK"] == "0"
 
 
 @contextmanager

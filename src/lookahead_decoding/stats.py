@@ -34,8 +34,11 @@ class Stats:
         seconds: time in prefill and in each part of a step, by name.
         ranks: that shared the steps.
         shared_seconds: time in all steps as the ranks agree on it, that of the slowest in each; None for a single one.
+        communication_seconds: of these, in which data was on its way; waiting for the slowest rank is left out.
         shard_rows: rows that this rank was fed in steps, accepted tokens that it was fed again included.
-        collectives, bytes_sent: of this rank to the others.
+        collectives: of all forwards: one each to agree, and one per rank that sent keys and values.
+        message_bytes: that this rank said in order to agree.
+        sent_bytes: of keys and values that it sent.
     """
 
     sequences: int = 0
@@ -51,9 +54,11 @@ class Stats:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("prefill", *PHASES), 0.0))
     ranks: int = 1
     shared_seconds: float | None = None
+    communication_seconds: float = 0.0
     shard_rows: int = 0
     collectives: int = 0
-    bytes_sent: int = 0
+    message_bytes: int = 0
+    sent_bytes: int = 0
 
     def count(self, trees: Sequence[TokenTree | None], choices: Sequence[Choice | None]) -> None:
         """Add one forward: the trees that were fed and what came of each."""

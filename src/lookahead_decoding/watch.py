@@ -159,6 +159,8 @@ class Watch:
         problem = "" if error is None else (str(error).strip().splitlines() or [type(error).__name__])[0]
         with suppress(Exception):  # the store may have gone with its owner
             self._leave(DONE if error is None else FAILED, problem)
+        if error is not None and self._rank:
+            time.sleep(GRACE / 2)  # the first rank speaks to the user; whoever ends first has all others ended
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

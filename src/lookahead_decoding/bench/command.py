@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..cli_common import DTYPES, Problem, config_of, encode, first_line, load, read_prompts, room, sampling
+from ..cli_common import DTYPES, Problem, config_of, encode, first_line, load, read_prompts, room, sampling, with_ranks
 from ..config import LookaheadConfig
 from ..hf import LookaheadDecoding, generate
 from ..profile import device_name
+from ..ranks import Ranks, speaks, started
 from ..stats import Stats
 from ..target import Target
 from ..trees import COMPILE
@@ -74,6 +75,7 @@ def bench() -> None:
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="A picture; needs matplotlib.")
 @click.option("--trust-remote-code", is_flag=True)
+@with_ranks
 def run(
     model: str,
     prompts: Path,
@@ -96,11 +98,15 @@ def run(
     json_path: Path | None,
     plot: Path | None,
     trust_remote_code: bool,
+    ranks: Ranks | None,
 ) -> None:
     """Methods take turns prompt by prompt, warmed up; the table has prompts that loop apart.
 
     Ratios are medians over the prompts with their quartiles: to the best plain baseline of the run, whatever its
     dtype, and to hf-greedy. Interrupting keeps what was measured.
+
+    Started with torchrun, the method "parallel" shares every step among all ranks; the others run on the first rank
+    while the rest wait.
     """
     if plot is not None:
         _need_matplotlib()
@@ -118,11 +124,13 @@ def run(
         if kind not in DTYPES:
             raise Problem(f"no dtype {kind!r}: choose from {', '.join(DTYPES)}")
         if kind not in loaded:
-            loaded[kind] = load(model, kind, device, trust_remote_code)
+            loaded[kind] = load(model, kind, device, trust_remote_code, ranks)
         try:
-            made.append(make(name, kind, loaded[kind][0], settings, compile))
+            made.append(make(name, kind, loaded[kind][0], settings, compile, ranks))
         except ValueError as error:
             raise Problem(str(error)) from error
+    if ranks is not None and not ranks.first:
+        made = [method for method in made if method.shared]
     target, tokenizer = next(iter(loaded.values()))
     ids = [encode(target, tokenizer, text, f"prompt {i}") for i, text in enumerate(texts, 1)]
     options = sampling(temperature) | {"max_new_tokens": min(room(target, p, max_new_tokens) for p in ids)}
@@ -148,7 +156,7 @@ def run(
         threads=torch.get_num_threads(),
     )
     result = Result(about)
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=not speaks())
     console.print("warming up" + (", which compiles every method first" if compile == "full" else ""))
     try:
         made, result.left_out = warm_up(made, jobs, options, seed if temperature else None)
@@ -162,6 +170,8 @@ def run(
         console.print(f"interrupted: {len({r.prompt for r in result.rows})} of {len(jobs)} were measured")
     except (TypeError, ValueError) as error:
         raise Problem(first_line(error)) from error
+    if ranks is not None and not ranks.first:
+        return
     if not result.rows:
         reasons = "; ".join(f"{label} does not run here: {reason}" for label, reason in result.left_out.items())
         raise Problem(f"nothing was measured{': ' if reasons else ''}{reasons}")
@@ -226,6 +236,8 @@ def _show(result: Result) -> None:
     for line in result.summary():
         if line["sources"] and not line["looping"]:
             console.print(f"{line['method']}: {sources_line(line['sources'])}")
+        if line["ranks"] and not line["looping"]:
+            console.print(f"{line['method']}: {ranks_line(line['ranks'])}")
     if any(line["looping"] for line in result.summary()):
         console.print(f"(loops, short): half of the 8-grams or more are repeats, or fewer than {SHORT} tokens")
     for label, reason in result.left_out.items():
@@ -246,6 +258,16 @@ def sources_line(sources: Any) -> str:
     return "; ".join(
         f"{name} {count['accepted']:.0f} of {count['proposed']:.0f} drafts accepted, {count['rows']:.0f} rows"
         for name, count in sources.items()
+    )
+
+
+def ranks_line(counts: Any) -> str:
+    """What several ranks did, in words; rows and bytes are those of the first."""
+    return (
+        f"{counts['ranks']:.0f} ranks, {counts['rows_per_step']:.1f} rows each; per step "
+        f"{counts['collectives_per_step']:.2f} collectives, {counts['message_bytes_per_step']:,.0f} bytes to agree and "
+        f"{counts['sent_bytes_per_step']:,.0f} of keys and values, {counts['communication_share']:.1%} of the time in "
+        "communication"
     )
 
 
@@ -275,6 +297,8 @@ def step(
     trust_remote_code: bool,
 ) -> None:
     """t(n): the time of a step by its rows, ours and through the model's own attention with a mask."""
+    if started():
+        raise Problem("bench step is for one process: start it without torchrun")
     settings = _config(config, sources)
     sizes, lengths = _numbers("--rows", rows), _numbers("--contexts", contexts)
     target, tokenizer = load(model, dtype, device, trust_remote_code)

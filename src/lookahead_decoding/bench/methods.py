@@ -12,10 +12,11 @@ from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList, Pr
 
 from ..config import PLAIN, LookaheadConfig
 from ..hf import LookaheadDecoding, generate
+from ..ranks import START, Ranks
 from ..stats import Stats
 from .result import Row, distinct_share
 
-METHODS = ("autoregressive", "lookahead", "paper", "hf-greedy", "hf-static", "hf-prompt-lookup")
+METHODS = ("autoregressive", "lookahead", "paper", "hf-greedy", "hf-static", "hf-prompt-lookup", "parallel")
 PLAIN_METHODS = ("autoregressive", "hf-greedy", "hf-static")
 OPTIONAL = ("hf-static", "hf-prompt-lookup")
 """Methods that do not run for every model, device or batch, and are then left out with the reason."""
@@ -48,12 +49,14 @@ class Method:
         dtype: of the weights, as torch names it.
         device: of the model.
         run: prompts (batch, length) and options of `generate` to the whole texts and, of ours, the counts.
+        shared: whether all ranks run it; the others run on the first one, while the rest wait.
     """
 
     name: str
     dtype: str
     device: torch.device
     run: Callable[..., tuple[torch.Tensor, Stats | None]]
+    shared: bool = False
 
     @property
     def label(self) -> str:
@@ -64,22 +67,32 @@ class Method:
         return self.name in PLAIN_METHODS
 
 
-def make(name: str, dtype: str, model: PreTrainedModel, config: LookaheadConfig, compile: str = "auto") -> Method:
+def make(
+    name: str,
+    dtype: str,
+    model: PreTrainedModel,
+    config: LookaheadConfig,
+    compile: str = "auto",
+    ranks: Ranks | None = None,
+) -> Method:
     """A method by its name.
 
     Args:
         config: of "lookahead", and of "paper" where it is the paper's algorithm.
         compile: of our methods, as `Target` takes it; with "full" hf-static is compiled on a CPU as well, which
             transformers leaves out by default.
+        ranks: for "parallel", which is "lookahead" with every step shared by them. If they divide the model as well,
+            all of ours run on all of them.
 
     Raises:
-        ValueError: no such method.
+        ValueError: no such method, or no ranks for it.
     """
+    divided = ranks is not None and ranks.tensor_parallel > 1
 
-    def ours(settings: LookaheadConfig) -> Callable[..., tuple[torch.Tensor, Stats | None]]:
+    def ours(settings: LookaheadConfig, shared: bool = divided) -> Callable[..., tuple[torch.Tensor, Stats | None]]:
         def run(ids: torch.Tensor, **options: Any) -> tuple[torch.Tensor, Stats | None]:
             seeds = options.pop("seeds", None)
-            decoding = LookaheadDecoding(settings, seeds=seeds, compile=compile)
+            decoding = LookaheadDecoding(settings, seeds=seeds, compile=compile, parallel=ranks if shared else None)
             out = generate(model, ids, lookahead=decoding, **options)
             return out, decoding.stats
 
@@ -104,10 +117,13 @@ def make(name: str, dtype: str, model: PreTrainedModel, config: LookaheadConfig,
         "hf-greedy": stock(),
         "hf-static": stock(**static),
         "hf-prompt-lookup": stock(prompt_lookup_num_tokens=10),
+        "parallel": ours(config, shared=True),
     }
     if name not in runs:
         raise ValueError(f"no method {name!r}: choose from {', '.join(METHODS)}")
-    return Method(name, dtype, model.device, runs[name])
+    if name == "parallel" and ranks is None:
+        raise ValueError(f"'parallel' needs several ranks: {START}")
+    return Method(name, dtype, model.device, runs[name], shared=name == "parallel" or divided)
 
 
 @dataclass(frozen=True)
@@ -161,6 +177,20 @@ def of_steps(stats: Stats) -> dict[str, Any]:
             name: {"proposed": c.proposed, "accepted": c.accepted, "rows": round(c.rows, 1)}
             for name, c in stats.sources.items()
         },
+    }
+
+
+def of_ranks(stats: Stats) -> dict[str, float]:
+    """What a `Row` says of several ranks."""
+    if stats.ranks == 1 or not stats.steps:
+        return {}
+    return {
+        "ranks": stats.ranks,
+        "rows_per_step": round(stats.shard_rows / stats.steps, 2),
+        "message_bytes_per_step": round(stats.message_bytes / stats.forwards, 1),
+        "sent_bytes_per_step": round(stats.sent_bytes / stats.forwards, 1),
+        "collectives_per_step": round(stats.collectives / stats.forwards, 4),
+        "communication_share": round(stats.communication_seconds / stats.step_seconds, 5),
     }
 
 
@@ -236,5 +266,5 @@ def measure(
             same = texts == wanted
             length = stats.mean_acceptance_length if stats else None
             row = Row(number, method.label, method.plain, tokens, times, length, share, same, len(texts))
-            rows.append(row if stats is None else replace(row, **of_steps(stats)))
+            rows.append(row if stats is None else replace(row, **of_steps(stats), ranks=of_ranks(stats)))
         yield rows

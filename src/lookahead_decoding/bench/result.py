@@ -7,7 +7,7 @@ import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import mean, median, quantiles
 from typing import Any
 
 import torch
@@ -54,6 +54,8 @@ class Row:
         rows_per_step: nodes fed per step, all sequences and padding included; None for methods that do not say.
         plain_share: share of steps that fed the current tokens alone.
         sources: drafts by source: proposed, accepted, rows (see `SourceCount`).
+        ranks: that shared the steps, their rows, bytes and collectives per step, and the share of a step that
+            communication takes; empty for a single device.
     """
 
     prompt: int
@@ -68,6 +70,7 @@ class Row:
     rows_per_step: float | None = None
     plain_share: float | None = None
     sources: dict[str, dict[str, float]] = field(default_factory=dict)
+    ranks: dict[str, float] = field(default_factory=dict)
 
     @property
     def tokens_per_second(self) -> float:
@@ -152,6 +155,7 @@ class Result:
                     found = [v for row in rows if (v := getattr(row, name)) is not None]
                     line[name] = round(sum(found) / len(found), 3) if found else None
                 line["sources"] = added(row.sources for row in rows)
+                line["ranks"] = {name: round(mean(row.ranks[name] for row in rows), 4) for name in rows[0].ranks}
                 for name, to in (("over_best_plain", best), ("over_hf_greedy", self._like(method, "hf-greedy"))):
                     ratio = self.ratio(method, to, looping) if to else None
                     line[name] = [round(x, 3) for x in ratio] if ratio else None
