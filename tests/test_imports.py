@@ -22,7 +22,7 @@ LAYERS = [
         "watch",
         "ranks",
     },
-    {"cache", "evaluate", "memory", "rope", "trees", "rows", "probe", "target", "parallel"},
+    {"cache", "evaluate", "memory", "rope", "trees", "rows", "probe", "target", "parallel", "tensor_parallel"},
     {"decode", "hf", "text", "exactness"},
     {"cli", "cli_common"},
 ]

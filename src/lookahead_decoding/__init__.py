@@ -19,6 +19,7 @@ from .shared import SharedPool
 from .shared_file import load_pool, save_pool
 from .stats import Stats
 from .target import Target
+from .tensor_parallel import divide
 from .text import StreamStep, stream
 from .tree import TokenTree, build_tree
 from .window import Window
@@ -47,6 +48,7 @@ __all__ = [
     "build_tree",
     "choose",
     "decode",
+    "divide",
     "generate",
     "load_pool",
     "parallel",
