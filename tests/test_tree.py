@@ -112,3 +112,54 @@ def test_mask_is_the_transitive_closure_of_parents(choices: list[int]) -> None:
 def test_paths_lead_from_the_root_to_the_leaves() -> None:
     assert build_tree(1).paths() == [[0]]
     assert build_tree(1, candidates=[(2, 3), (2, 4), (5,)]).paths() == [[0, 1, 2], [0, 1, 3], [0, 4]]
+
+
+def test_shards_hold_their_ancestors_and_are_runs_of_leaves() -> None:
+    tree = build_tree(THE, candidates=[(CAT, SAT, ON), (CAT, RAN), (DOG, RAN)])
+    first, second = tree.shards([0, 0])
+    assert first.nodes == (0, 1, 2, 3, 4)
+    assert first.tree == TokenTree((THE, CAT, SAT, ON, RAN), (-1, 0, 1, 2, 1))
+    assert second.nodes == (0, 5, 6)
+    assert second.tree == TokenTree((THE, DOG, RAN), (-1, 0, 1))
+    assert tree.shard(1, 2) == second
+
+
+def test_a_shard_of_the_window_has_its_columns_and_their_last_row() -> None:
+    tree = build_tree(1, window=[[0, 2, 3], [4, 5, 6]], candidates=[(7,)])
+    parts = tree.shards([0, 0])
+    assert [part.nodes for part in parts] == [(0, 1, 2, 4, 5), (0, 3, 6)]
+    assert [part.tree.last_row for part in parts] == [(3, 4), (1,)]
+    assert [part.tree.first_candidate for part in parts] == [5, 2]
+
+
+def test_a_rank_with_more_to_do_besides_gets_less_of_the_tree() -> None:
+    tree = build_tree(1, candidates=[(n,) for n in range(2, 10)])
+    assert [len(part.nodes) for part in tree.shards([0, 0])] == [5, 5]
+    assert [len(part.nodes) for part in tree.shards([0, 4])] == [7, 3]
+
+
+def test_a_tree_smaller_than_the_ranks_leaves_some_with_the_root() -> None:
+    tree = build_tree(1, candidates=[(2, 3)])
+    assert [part.nodes for part in tree.shards([0] * 4)] == [(0, 1, 2), (0,), (0,), (0,)]
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=5), max_size=20),
+    st.integers(0, 4),
+    st.lists(st.integers(0, 6), min_size=1, max_size=5),
+)
+def test_every_path_of_a_tree_is_whole_in_a_shard(
+    candidates: list[list[int]], columns: int, burdens: list[int]
+) -> None:
+    tree = build_tree(9, [[5] * columns, [6] * columns], candidates)
+    parts = tree.shards(burdens)
+    assert len(parts) == len(burdens)
+    for path in tree.paths():
+        assert any(set(path) <= set(part.nodes) for part in parts)
+    for part in parts:
+        assert [part.tree.tokens[i] for i in range(len(part.nodes))] == [tree.tokens[n] for n in part.nodes]
+        assert all(part.nodes[p] == tree.parents[n] for n, p in zip(part.nodes[1:], part.tree.parents[1:], strict=True))
+        assert [part.nodes[i] for i in part.tree.last_row] == [n for n in tree.last_row if n in part.nodes]
+        assert set(part.nodes[part.tree.first_candidate :]) <= set(range(tree.first_candidate, len(tree)))
+    most = max(len(part.nodes) + burden for part, burden in zip(parts, burdens, strict=True))
+    assert most <= len(tree) + max(burdens)
