@@ -97,7 +97,7 @@ def one(size: int, number: signal.Signals, alone: bool) -> dict[str, Any]:
     return {
         "seconds": round(seconds, 2),
         "exit_codes": exits,
-        "said": [l.split(" on ")[0] for l in lines],
+        "said": [line.split(" on ")[0] for line in lines],
         "good": good,
     }
 
