@@ -1,9 +1,9 @@
 """Lookahead parallelism: one step of one batch, divided over ranks that hold a copy of the model each.
 
 Every rank plans the same trees, evaluates its shard of them, and walks that far. One all-gather tells all of them how
-far each came, and what the model ranked best at each node; the longest walk is taken by all (arXiv 2402.02057,
-section 3.4). Accepted tokens that a rank did not evaluate itself are fed again, as a chain in front of the root of its
-next shard, or their keys and values are sent to it.
+far each came, and what the model ranked best at each node; the longest walk is taken by all (arXiv 2402.02057, where
+it is called the same). Accepted tokens that a rank did not evaluate itself are fed again, as a chain in front of the
+root of its next shard, or their keys and values are sent to it.
 """
 
 from __future__ import annotations

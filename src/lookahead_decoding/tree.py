@@ -96,7 +96,7 @@ class TokenTree:
         return self.shards([0] * world_size)[rank]
 
     def shards(self, burdens: Sequence[int]) -> list[Shard]:
-        """Divide the tree among ranks (lookahead parallelism, arXiv 2402.02057, section 3.4).
+        """Divide the tree among ranks (lookahead parallelism in arXiv 2402.02057).
 
         Every node is in at least one shard, and the root in all. Leaves are taken in the order of a depth-first walk, a
         run of them per rank, so that few ancestors are evaluated twice, and so that the rank with the most rows has as
