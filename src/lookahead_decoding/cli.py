@@ -52,7 +52,7 @@ DEMO_PROMPTS = (
     'class Stack:\n    """A stack with push and pop."""\n\n    def __init__(self, items=None):\n',
     "import argparse\n\n\ndef main():\n    parser = argparse.ArgumentParser(",
 )
-WITH_RANKS = ("generate", "bench")
+WITH_RANKS = ("generate", "verify", "bench")
 """Commands that torchrun may start."""
 
 STEP_COLOURS = ("cyan", "yellow", "magenta", "green")
@@ -420,6 +420,7 @@ def _lines() -> Iterator[str]:
 @click.option("--dtype", type=click.Choice(DTYPES[1:]), default="float32", show_default=True)
 @_sampling_options
 @_lookahead_options
+@with_ranks
 def verify(
     model: str,
     device: str | None,
@@ -435,6 +436,7 @@ def verify(
     seed: int,
     config: LookaheadConfig,
     compile: str,
+    ranks: Ranks | None,
 ) -> None:
     """Compare with plain decoding, token by token, prompt by prompt.
 
@@ -442,13 +444,13 @@ def verify(
     where one is a bug by the contract in docs/exactness.md.
     """
     texts = read_prompts(prompts, field, limit)
-    target, tokenizer = load(model, dtype, device, trust_remote_code)
+    target, tokenizer = load(model, dtype, device, trust_remote_code, ranks)
     encoded = [encode(target, tokenizer, text, f"prompt {i}") for i, text in enumerate(texts, 1)]
     divergences = []
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=not speaks())
     for i, ids in enumerate(track(encoded, "verifying", console=console, disable=not sys.stderr.isatty()), 1):
         options = sampling(temperature, top_k, top_p) | {"max_new_tokens": room(target, ids, max_new_tokens)}
-        decoding = LookaheadDecoding(config, compile=compile)
+        decoding = LookaheadDecoding(config, compile=compile, parallel=ranks)
         try:
             found = compare(target, torch.tensor([ids], device=target.device), decoding, seed + i - 1, **options)
         except (TypeError, ValueError) as error:

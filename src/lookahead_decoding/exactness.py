@@ -61,6 +61,7 @@ def compare(
     if _dtype(model) in (torch.float32, torch.float64):
         wide = copy.deepcopy(model).double()
         again = LookaheadDecoding(decoding.config, propose=decoding.propose, shared=decoding.shared)
+        again.parallel = decoding.parallel
         first, second = _both(wide, input_ids, again, seed, kwargs)
         return Divergence(position, margin, NEAR_TIE, margin < NEAR_TIE and first == second)
     bound = 2 * _teacher_forced_difference(model, input_ids, seed, kwargs)

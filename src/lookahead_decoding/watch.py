@@ -108,7 +108,7 @@ class Watch:
 
     Args:
         rank, size: of the ranks.
-        host, port: of the store, as torchrun names them.
+        host, port: of the store, as torchrun names them: its agent's, or rank 0's where there is none.
         patience: seconds after which a rank that others wait for in a collective is given up.
         name: of what is watched, which is one run of all ranks.
     """
@@ -125,7 +125,7 @@ class Watch:
         self._collectives = 0
         self._waits_since: float | None = None
         self._suspicious_since: float | None = None
-        self._told_to_end = False
+        self._told_to_end = self._blind = False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch over other ranks", daemon=True)
         self._signals, self._wakeup = os.pipe()
@@ -185,17 +185,13 @@ class Watch:
             signal.signal(signal.SIGTERM, handler)
 
     def _run(self) -> None:
-        failing_since: float | None = None
         while not self._over.wait(BEAT):
             try:
                 self._leave()
                 self._look()
-                failing_since = None
-            except Exception as error:
-                failing_since = failing_since or time.monotonic()
-                if time.monotonic() - failing_since > SUSPICION:
-                    self._end(Fault((0,), f"the store of the ranks, on rank 0's machine, does not answer: {error}"))
-                continue
+                self._blind = False
+            except Exception:  # the store has gone with its owner, rank 0 or torchrun; what was seen until then counts
+                self._blind = True
             self._judge(time.monotonic())
 
     def _judge(self, now: float) -> None:
@@ -203,7 +199,7 @@ class Watch:
             if signal.SIGTERM in os.read(self._signals, 64):
                 self._told_to_end = True
                 self._suspicious_since = self._suspicious_since or now
-        suspicious = self._suspicious_since is not None
+        suspicious = self._blind or self._suspicious_since is not None
         fault = fault_of(
             self._rank,
             self._signs,
