@@ -5,8 +5,12 @@ from __future__ import annotations
 import doctest
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+import lookahead_decoding as ld
+import many
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,7 +27,23 @@ def test_the_readmes_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert any("assert" in block for block in blocks)
     names: dict[str, object] = {}
     for block in blocks:
+        if "ld.parallel(" not in block:
+            exec(compile(block, "README.md", "exec"), names)
+
+
+def readme_on_ranks(ranks: ld.Ranks, blocks: list[str]) -> tuple[list[int], list[int]]:
+    names: dict[str, Any] = {}
+    for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
+    return names["ids"].tolist(), names["plain"].tolist()
+
+
+def test_the_readmes_example_of_ranks_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (of_ranks,) = [block for block in blocks if "ld.parallel(" in block]
+    greedy = of_ranks.replace("max_new_tokens=64", "max_new_tokens=64, do_sample=False")
+    for ids, plain in many.run(2, readme_on_ranks, [blocks[0], greedy]):
+        assert ids == plain
 
 
 @pytest.mark.parametrize("path", [*sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("*.md")), "docs"])

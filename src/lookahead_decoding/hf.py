@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import operator
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,7 @@ from .choose import Sampler
 from .config import LookaheadConfig
 from .decode import Request, decode
 from .evaluate import text_config, unwrapped
-from .following import refuse_what_cannot_follow
+from .following import refuse_what_cannot_follow, state_of
 from .lookahead import Choice, max_rows
 from .parallel import ShardedTarget
 from .probe import probe
@@ -268,7 +269,8 @@ class LookaheadDecoding:
                 "the model is divided over ranks, which take steps together: pass parallel=ld.parallel()'s"
             )
         if self.parallel is not None and self.parallel.size > 1:
-            _agree(self, self.parallel, model, input_ids, logits_processor, stopping_criteria, generation_config)
+            others = (input_ids, inputs, logits_processor, stopping_criteria, generation_config)
+            _agree(self, self.parallel, model, *others)
         requests = _requests(self, input_ids, logits_processor, stopping_criteria, generation_config, rows)
         before = past.get_seq_length()
         longest = before + max(r.limit - r.cached for r in requests)
@@ -542,6 +544,7 @@ def _agree(
     ranks: Ranks,
     model: PreTrainedModel,
     ids: torch.Tensor,
+    inputs: dict[str, Any],
     processors: LogitsProcessorList,
     criteria: StoppingCriteriaList,
     config: GenerationConfig,
@@ -556,6 +559,7 @@ def _agree(
             "stopping_criteria": [type(c).__name__ for c in criteria],
             "seeds": decoding.seeds,
             "compile": decoding.compile,
+            "inputs": {name: zlib.crc32(repr(state_of(value)).encode()) for name, value in inputs.items()},
         }
     )
     for name in ("output_scores", "output_logits"):

@@ -174,23 +174,22 @@ class ShardedTarget(Target):
         self._times = StepTimes()
         self._in_seconds = False
         self._link: tuple[float, float] | None = None
-        self._since: float | None = None
+        self._stats: Stats | None = None
+        self._evaluated = 0.0  # when the last forward ended
+        self._accounted = 0.0  # of this rank's time in steps
         self._talked = self._sending = 0.0  # seconds in the last step's all-gather, and in sending keys and values
         self._seconds = self._transfer = 0.0
         self._shard_rows = self._fed_again = self._collectives = self._message_bytes = self._sent_bytes = 0
 
     def _facts(self) -> dict[str, Any]:
-        made = memory_of(self.model).made
-        if "digest" not in made:
-            made["digest"] = None, digest_of(self.model)
         return {
-            "version of lookahead-decoding": profile.machine_of(self.model, self.how).version,
+            "version of lookahead-decoding": profile.Machine.version,
             "version of torch": torch.__version__,
             "version of transformers": transformers.__version__,
             "type of model": self.model.config.model_type,
             "dtype": self.model.dtype,
             "model configuration": _short(self.model.config.to_json_string(use_diff=False)),
-            "weights": made["digest"][1],
+            "weights": digest_of(self.model),
             "way to check candidates": self.strategy.name,
             "way to run a step": self.how,
             "batch size": len(self.steps.lengths),
@@ -217,7 +216,7 @@ class ShardedTarget(Target):
         rows = -(-max_rows_of(config) // self.ranks.shards) + SPARE_NODES
         widest = max(w for w, _ in SHAPES) if config.window_size is None else config.window_size
         width = RANKS if "recycled" in config.sources else 1
-        self._layout = Layout(len(self.lengths), max(rows, min(widest, config.most_rows)), width)
+        self._layout = Layout(len(self.lengths), max(rows, min(widest + 1, config.most_rows)), width)
         return config
 
     def check_length(self, prompt: int, longest: int) -> None:
@@ -274,6 +273,7 @@ class ShardedTarget(Target):
 
     def _divided(self, division: Division, logits: StepLogits) -> ShardedLogits:
         self._division = division
+        self._evaluated = perf_counter()
         self._fed_again = max(len(lead) for s in range(self.ranks.shards) for _, lead in self._fed(division, s))
         return ShardedLogits(logits.logits, logits.nodes, logits.best, target=self, division=division)
 
@@ -285,7 +285,8 @@ class ShardedTarget(Target):
         """
         layout, shard = self._layout, self.ranks.shard
         now = perf_counter()
-        own = 0.0 if self._since is None else now - self._since
+        before = self._stats.own_seconds if self._stats is not None else 0.0
+        own = before + now - self._evaluated - self._accounted if self._stats is not None else 0.0
         numbers = [self._steps, self._digest, division.digest, self.steps.fed_again]
         numbers += [_micro(own), _micro(self._talked), _micro(self._sending)]
         for walk, nodes in zip(walks, division.said[shard], strict=True):
@@ -294,8 +295,8 @@ class ShardedTarget(Target):
         messages = self.ranks.gather(message).tolist()
         self._collectives += 1
         self._message_bytes += message.nbytes
-        self._since = perf_counter()
-        self._talked = self._since - now
+        self._talked = perf_counter() - now
+        self._accounted = before + now + self._talked - self._evaluated
         self._check(messages)
         talked, sending = min(m[5] for m in messages), min(m[6] for m in messages)
         self._seconds += (max(m[4] for m in messages) + talked) / 1e6
@@ -439,6 +440,8 @@ class ShardedTarget(Target):
 
     def report(self, stats: Stats) -> None:
         super().report(stats)
+        if self._stats is None:  # prefill is no step
+            self._stats, self._accounted = stats, stats.own_seconds
         stats.ranks = self.ranks.size
         stats.shared_seconds = self._seconds
         stats.communication_seconds = self._transfer

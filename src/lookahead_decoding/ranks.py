@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -110,7 +111,7 @@ class Ranks:
         """
         if self.size == 1:
             return
-        own = {name: str(value)[: TEXT // 16] for name, value in facts.items()}
+        own = {name: _shortened(str(value)) for name, value in facts.items()}
         content = json.dumps(own).encode()
         if len(content) > TEXT:
             raise ValueError(f"ranks show each other {TEXT} bytes at most, got {len(content)}")
@@ -145,6 +146,12 @@ class Ranks:
         torch.set_rng_state(self.gather(torch.get_rng_state())[0])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(self.gather(torch.cuda.get_rng_state(self.device))[0], self.device)
+
+
+def _shortened(text: str) -> str:
+    """A text with as many letters as a message has room for, and where there are more a checksum of them all."""
+    room = TEXT // 24
+    return text if len(text) <= room else f"{text[:room]}... ({zlib.crc32(text.encode()):08x})"
 
 
 def started() -> bool:

@@ -103,8 +103,12 @@ class Stats:
     @property
     def step_seconds(self) -> float:
         """Time in all steps, and in what prefill leaves to do after its forward."""
-        own = sum(self.seconds[phase] for phase in PHASES)
-        return own if self.shared_seconds is None else self.shared_seconds
+        return self.own_seconds if self.shared_seconds is None else self.shared_seconds
+
+    @property
+    def own_seconds(self) -> float:
+        """The same as this process alone saw it."""
+        return sum(self.seconds[phase] for phase in PHASES)
 
     @property
     def plain_share(self) -> float:
