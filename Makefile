@@ -26,7 +26,7 @@ test: .venv/.installed  ## the whole test suite; DATA=folder adds the tests that
 
 test-oldest: .oldest/.installed  ## the tests of exactness with the oldest supported transformers
 	PYTHONPATH=.oldest $(RUN)/pytest -n 2 $(if $(DATA),--data=$(DATA)) tests/test_exactness.py tests/test_hf.py \
-		tests/test_image_text.py tests/test_models.py tests/test_rope.py tests/test_target.py
+		tests/test_image_text.py tests/test_models.py tests/test_parallel.py tests/test_rope.py tests/test_target.py
 
 lint: .venv/.installed
 	$(RUN)/ruff check .

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import lookahead_decoding as ld
+import many
 from lookahead_decoding import cli
 from lookahead_decoding.bench.methods import METHODS, Job, Replay, make, measure, warm_up
 from lookahead_decoding.bench.result import About, Result, Row, distinct_share
@@ -71,7 +73,7 @@ def test_share_of_distinct_ngrams() -> None:
 
 def test_every_method_gives_the_same_greedy_tokens(tiny: Tiny) -> None:
     model = tiny()
-    methods = [make(name, "float32", model, SMALL) for name in METHODS]
+    methods = [make(name, "float32", model, SMALL) for name in METHODS if name != "parallel"]
     options = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": None}
     jobs = [Job((tuple(prompt_of(n)[0].tolist()),)) for n in (5, 9)]
     kept, failed = warm_up(methods, jobs, options)
@@ -82,6 +84,34 @@ def test_every_method_gives_the_same_greedy_tokens(tiny: Tiny) -> None:
     assert [r.tokens for r in found[1]] == [20] * 6
     with pytest.raises(ValueError, match="no method 'magic': choose from"):
         make("magic", "float32", model, ld.LookaheadConfig())
+
+
+def bench_on_ranks(ranks: ld.Ranks) -> list[list[Row]]:
+    model = AutoModelForCausalLM.from_pretrained(ld.pocket_path(), dtype=torch.float32)
+    methods = [make(name, "float32", model, SMALL, ranks=ranks) for name in ("autoregressive", "lookahead", "parallel")]
+    mine = [method for method in methods if ranks.first or method.shared]
+    jobs = [Job((tuple(prompt_of(n)[0].tolist()),)) for n in (5, 9)]
+    options = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": None}
+    kept, failed = warm_up(mine, jobs, options)
+    assert (kept, failed) == (mine, {})
+    return list(measure(mine, jobs, options, repeat=2))
+
+
+def test_ranks_share_one_method_and_wait_during_the_others() -> None:
+    first, second = many.run(2, bench_on_ranks)
+    for rows, others in zip(first, second, strict=True):
+        assert [row.method for row in rows] == ["autoregressive@float32", "lookahead@float32", "parallel@float32"]
+        assert [row.agrees for row in rows] == [True] * 3
+        assert [row.ranks != {} for row in rows] == [False, False, True]
+        assert rows[2].ranks["ranks"] == 2
+        assert 0 < rows[2].ranks["message_bytes_per_step"] <= 2048
+        assert 0 < rows[2].ranks["communication_share"] < 1
+        assert [row.method for row in others] == ["parallel@float32"]
+
+
+def test_parallel_needs_ranks(tiny: Tiny) -> None:
+    with pytest.raises(ValueError, match="'parallel' needs several ranks"):
+        make("parallel", "float32", tiny(), SMALL)
 
 
 def test_sampled_methods_start_from_the_same_seed(tiny: Tiny) -> None:

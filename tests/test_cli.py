@@ -56,6 +56,26 @@ def test_generate_prints_the_continuation(capsys, monkeypatch) -> None:
     assert (code, out, err) == (0, text + "\n", "")
 
 
+def on_ranks(*arguments: str, said: str | None = None) -> subprocess.CompletedProcess[str]:
+    """The `lookahead` command on two ranks."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lookahead_decoding"]
+    return subprocess.run([*start, *arguments], input=said, capture_output=True, text=True, timeout=120)
+
+
+def test_two_ranks_print_what_one_process_prints(capsys, monkeypatch) -> None:
+    arguments = ["generate", "pocket", "--dtype", "float32", "--max-new-tokens", "20", "--temperature", "0.8"]
+    _, alone, _ = run(capsys, monkeypatch, *arguments, "-p", "def add(a, b):\n")
+    together = on_ranks(*arguments, said="def add(a, b):\n")
+    assert (together.returncode, together.stdout) == (0, alone)
+
+
+def test_a_problem_on_ranks_is_one_line(prompts: Path) -> None:
+    done = on_ranks("chat", "pocket")
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("lookahead: ")]
+    assert lines == ["lookahead: chat is for one process: start it without torchrun"]
+
+
 def test_json_is_one_object_per_prompt_and_nothing_else(capsys, monkeypatch, prompts: Path) -> None:
     arguments = ["generate", "pocket", "--prompts", str(prompts), "--max-new-tokens", "30", "--dtype", "float32"]
     code, out, err = run(capsys, monkeypatch, *arguments, "--json")
