@@ -9,8 +9,9 @@ the time that planning takes on the host. `table` puts that together with t(n), 
 `lookahead bench step`) or follows from a device's memory bandwidth and arithmetic, and with a link: seconds of a
 collective, and of one token's keys and values.
 
-The model: R ranks feed n rows in t(n / R + n_shared) + link + host(n), n_shared being ancestors that are in several
-shards, and R is worth what the best n gives. Everything that is assumed stands in the output.
+The model: a step that R ranks share takes t(rows of the largest shard) + link + host(rows of the tree), and R is worth
+what the best size of tree gives. A small tree is little more than a chain, which cannot be divided, so the largest
+shards are measured as well.
 """
 
 from __future__ import annotations
@@ -26,17 +27,26 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorLis
 
 import lookahead_decoding as ld
 from benchmarks.ablation import FREE
+from benchmarks.drafts import watched
 from lookahead_decoding.bench.methods import Replay
 from lookahead_decoding.bench.result import LOOP, SHORT, distinct_share
 from lookahead_decoding.budget import StepTimes
 
 ROWS = (1, 4, 8, 16, 32, 64, 120, 240, 480)
 RANKS = (1, 2, 4, 8)
-SHARED = 1.02
-"""Rows of all shards together over those of the tree: 62.5 for 60 were measured with two ranks, fed again included."""
-
 REACHED = 0.8, 0.5
 """Of a device's memory bandwidth and of its arithmetic, what a forward is assumed to reach."""
+
+
+class Shards:
+    """The largest shards of the trees of a run, by the number of ranks."""
+
+    def __init__(self) -> None:
+        self.largest: dict[int, list[int]] = {ranks: [] for ranks in RANKS}
+
+    def watch(self, tree: ld.TokenTree, choice: ld.Choice) -> None:
+        for ranks, sizes in self.largest.items():
+            sizes.append(max(len(part.nodes) for part in tree.shards([0] * ranks)))
 
 
 def accept(data: Path, limit: int, tokens: int) -> dict[str, Any]:
@@ -60,12 +70,13 @@ def accept(data: Path, limit: int, tokens: int) -> dict[str, Any]:
         found: dict[int, Any] = {}
         for rows in ROWS:
             config = ld.LookaheadConfig(max_rows=rows, step_times=FREE) if rows > 1 else ld.PLAIN
-            stats = []
+            stats, shards = [], Shards()
             for ids, text in kept[:limit]:
                 decoding = ld.LookaheadDecoding(config)
                 forced = LogitsProcessorList([Replay([*ids[0].tolist(), *text])])
                 options: dict[str, Any] = {"max_new_tokens": len(text), "eos_token_id": None, "do_sample": False}
-                out = ld.generate(model, ids, logits_processor=forced, lookahead=decoding, **options)
+                with watched(shards):
+                    out = ld.generate(model, ids, logits_processor=forced, lookahead=decoding, **options)
                 assert out[0, ids.shape[1] :].tolist() == text
                 stats.append(decoding.stats)
             host = sum(s.seconds["plan"] + s.seconds["observe"] for s in stats) / sum(s.steps for s in stats)
@@ -73,6 +84,7 @@ def accept(data: Path, limit: int, tokens: int) -> dict[str, Any]:
                 "tokens_per_step": round(mean(s.mean_acceptance_length for s in stats), 3),
                 "rows_per_step": round(mean(s.rows_per_step for s in stats), 1),
                 "host_ms": round(1e3 * host, 3),
+                "largest_shard": {ranks: round(mean(sizes), 1) for ranks, sizes in shards.largest.items()},
             }
             print(mode, rows, found[rows], flush=True)
         result["modes"][mode] = {"prompts": len(kept[:limit]), "rows": found}
@@ -105,8 +117,8 @@ def table(acceptance: dict[str, Any], times: StepTimes, link: tuple[float, float
         for ranks in RANKS:
             best: dict[str, Any] = {}
             for rows, one in found["rows"].items():
-                n, given = one["rows_per_step"], one["tokens_per_step"]
-                step = times(max(1, round(n / ranks * (SHARED if ranks > 1 else 1)))) + host * one["host_ms"] / 1e3
+                given = one["tokens_per_step"]
+                step = times(round(one["largest_shard"][str(ranks)])) + host * one["host_ms"] / 1e3
                 if ranks > 1:
                     step += 2 * link[0] + (given - 1) * link[1]
                 speed = given / step * times(1)

@@ -8,7 +8,20 @@ from pathlib import Path
 import lookahead_decoding
 
 LAYERS = [
-    {"config", "tree", "window", "pool", "suffix", "shared", "sources", "grow", "lookahead", "budget", "stats"},
+    {
+        "config",
+        "tree",
+        "window",
+        "pool",
+        "suffix",
+        "shared",
+        "sources",
+        "grow",
+        "lookahead",
+        "division",
+        "budget",
+        "stats",
+    },
     {
         "attention",
         "kernels",

@@ -16,7 +16,6 @@ from transformers.utils import logging
 import lookahead_decoding as ld
 import many
 from conftest import ARCHITECTURES, FREE
-from lookahead_decoding.parallel import Division, behind, divided
 from lookahead_decoding.ranks import Ranks
 
 PROMPT = [5, 6, 7, 8, 9, 5, 6]
@@ -339,26 +338,3 @@ def test_what_ranks_cannot_honour_is_refused() -> None:
 def test_without_torchrun_it_says_how_to_start() -> None:
     with pytest.raises(ValueError, match="torchrun --nproc-per-node"), ld.parallel():
         pass
-
-
-def test_the_chain_in_front_of_a_tree_holds_what_is_fed_again() -> None:
-    tree = ld.build_tree(1, window=[[0, 2], [4, 5]], candidates=[(7, 8)])
-    longer = behind([30, 31], tree)
-    assert longer.tokens == (30, 31, 1, 2, 4, 5, 7, 8)
-    assert longer.parents == (-1, 0, 1, 2, 2, 3, 2, 6)
-    assert longer.scored == [0, 2, 4, 5, 6, 7]
-    assert longer.child(2, 7) == 6
-    assert behind([], tree) is tree
-
-
-def test_each_node_is_said_by_the_first_rank_that_has_it() -> None:
-    tree = ld.build_tree(1, candidates=[(2, 3), (2, 4), (5, 6)])
-    shards = [[shard] for shard in tree.shards([0, 0])]
-    division = Division([tree], shards, [[[]], [[]]])
-    assert [shards[0][0].nodes, shards[1][0].nodes] == [(0, 1, 2, 3), (0, 4, 5)]
-    assert division.said == [[[0, 1, 2, 3]], [[4, 5]]]
-    assert [division.held(shard, 0, [0, 1, 3]) for shard in (0, 1)] == [3, 1]
-
-
-def test_a_divided_step_takes_as_long_as_its_part() -> None:
-    assert divided([(1, 3.0), (8, 4.0), (60, 9.0)], 2) == [(1, 3.0), (16, 4.0), (120, 9.0)]

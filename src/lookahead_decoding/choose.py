@@ -13,28 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
-from .lookahead import Choice
+from .lookahead import Choice, Walk
 from .tree import TokenTree
 
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Criterion = Callable[[torch.Tensor, tuple[torch.Tensor, ...] | None], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Walk:
-    """How far one sequence's tree matched.
-
-    Attributes:
-        tokens: that were emitted.
-        path: nodes that gave them, the root first.
-        finish_reason: of the sequence, if it ended there.
-        ranked: the target's best tokens after a node, best first, for the nodes that have logits.
-    """
-
-    tokens: tuple[int, ...]
-    path: tuple[int, ...]
-    finish_reason: str | None
-    ranked: Mapping[int, Sequence[int]]
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,23 @@ class Choice:
     ranked: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Walk:
+    """How far one sequence's tree matched.
+
+    Attributes:
+        tokens: that were emitted.
+        path: nodes that gave them, the root first.
+        finish_reason: of the sequence, if it ended there.
+        ranked: the target's best tokens after a node, best first, for the nodes that have logits.
+    """
+
+    tokens: tuple[int, ...]
+    path: tuple[int, ...]
+    finish_reason: str | None
+    ranked: Mapping[int, Sequence[int]]
+
+
 def max_rows(config: LookaheadConfig, own_source: bool = False) -> int:
     """Rows of the largest tree that `plan` can give, with or without a source of one's own, for which there is more
     room unless the caller has capped the rows."""

@@ -8,11 +8,9 @@ root of its next shard, or their keys and values are sent to it.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import zlib
-from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -26,90 +24,24 @@ from transformers.cache_utils import Cache
 from . import profile
 from .budget import SHAPES, StepTimes
 from .cache import ROOM
-from .choose import Sampler, StepLogits, Walk
+from .choose import Sampler, StepLogits
 from .config import LookaheadConfig
+from .division import Division, Header, Layout, checksum, divided, rows_of
+from .lookahead import Walk
 from .lookahead import max_rows as max_rows_of
 from .memory import memory_of
 from .ranks import Ranks
 from .sources import RANKS
 from .stats import Stats
 from .target import Target
-from .tree import Shard, TokenTree
+from .tree import TokenTree
 from .trees import TreeSteps
-
-HEADER = 7
-"""Integers of a message besides those of its sequences."""
-
-REASONS = (None, "stop", "length")
-"""Why a sequence ends, as a message says it."""
 
 SPARE_NODES = 8
 """Of a rank whose shard is larger than its part of all rows, since some ancestors are in several shards."""
 
 LINK_TOKENS, LINK_TIMES = (1, 16), 5
 """Tokens whose keys and values are sent to measure a link, and how often."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Of a message, the same in all steps of a request: integers of 4 bytes.
-
-    Attributes:
-        sequences: of the batch; three integers each.
-        nodes: of each sequence whose best tokens one rank says; what is more is left out, and not learned from.
-        width: best tokens per node.
-    """
-
-    sequences: int
-    nodes: int
-    width: int
-
-    @property
-    def size(self) -> int:
-        """Integers."""
-        return HEADER + self.sequences * (3 + self.nodes * self.width)
-
-
-@dataclass(frozen=True)
-class Division:
-    """How the trees of a step are divided.
-
-    Attributes:
-        trees: of all sequences; None where one has ended.
-        shards: of each rank that divides them, one per sequence.
-        fed_again: of each rank, per sequence, the accepted tokens that go in front of its shard.
-    """
-
-    trees: Sequence[TokenTree | None]
-    shards: Sequence[Sequence[Shard | None]]
-    fed_again: Sequence[Sequence[Sequence[int]]]
-
-    @functools.cached_property
-    def said(self) -> list[list[list[int]]]:
-        """Of each rank and sequence, the nodes whose best tokens it says: those with logits that no rank before has."""
-        left = [set(tree.scored) if tree is not None else set() for tree in self.trees]
-        found = []
-        for parts in self.shards:
-            own = [
-                [node for node in part.nodes if node in rest] if part is not None else []
-                for part, rest in zip(parts, left, strict=True)
-            ]
-            for rest, nodes in zip(left, own, strict=True):
-                rest.difference_update(nodes)
-            found.append(own)
-        return found
-
-    def held(self, shard: int, sequence: int, path: Sequence[int]) -> int:
-        """How many nodes of a path, from the root on, a rank has evaluated."""
-        part = self.shards[shard][sequence]
-        own = set(part.nodes) if part is not None else set()
-        return next((i for i, node in enumerate(path) if node not in own), len(path))
-
-    @property
-    def digest(self) -> int:
-        """Equal where the trees are."""
-        numbers = [n for t in self.trees for n in ((*t.tokens, *t.parents, *t.last_row, -2) if t else (-1,))]
-        return zlib.crc32(array("q", numbers).tobytes()) >> 1
 
 
 @dataclass(frozen=True)
@@ -125,12 +57,7 @@ class ShardedLogits(StepLogits):
     division: Division = field(kw_only=True)
 
     def rows(self, sequence: int) -> Mapping[int, int]:
-        shard = self.target.ranks.shard
-        part, lead = self.division.shards[shard][sequence], len(self.division.fed_again[shard][sequence])
-        if part is None:
-            return {}
-        row_of = {node: row for row, node in enumerate(self.nodes)}
-        return {node: row_of[lead + i] for i, node in enumerate(part.nodes) if lead + i in row_of}
+        return rows_of(self.nodes, self.division.places(self.target.ranks.shard, sequence))
 
     def agree(self, walks: Sequence[Walk | None], samplers: Sequence[Sampler]) -> Sequence[Walk | None]:
         agreed = self.target.exchange(self.division, walks)
@@ -168,7 +95,7 @@ class ShardedTarget(Target):
         ranks.agree(self._facts(), within=("weights",))
         self._layout = Layout(batch, 1, 1)
         self._pending: list[list[list[int]]] = [[[] for _ in range(batch)] for _ in range(ranks.shards)]
-        self._division = Division([], [], [])
+        self._division = Division([], [])
         self._steps = 0
         self._digest = 0
         self._times = StepTimes()
@@ -177,7 +104,7 @@ class ShardedTarget(Target):
         self._stats: Stats | None = None
         self._evaluated = 0.0  # when the last forward ended
         self._accounted = 0.0  # of this rank's time in steps
-        self._talked = self._sending = 0.0  # seconds in the last step's all-gather, and in sending keys and values
+        self._gathering = self._sending = 0.0  # seconds in the last step's all-gather, and in sending keys and values
         self._seconds = self._transfer = 0.0
         self._shard_rows = self._fed_again = self._collectives = self._message_bytes = self._sent_bytes = 0
 
@@ -246,35 +173,24 @@ class ShardedTarget(Target):
         return self._times
 
     def prefill(self, prompts: Sequence[Sequence[int]], inputs: Mapping[str, Any] | None = None) -> StepLogits:
-        self._digest = zlib.crc32(array("q", [n for p in prompts for n in (*p, -1)]).tobytes(), sum(self.lengths)) >> 1
-        trees = [TokenTree((prompt[-1],), (-1,)) for prompt in prompts]
-        return self._divided(Division(trees, *self._shards(trees)), super().prefill(prompts, inputs))
+        self._digest = checksum([n for prompt in prompts for n in (*prompt, -1)], sum(self.lengths))
+        division = Division([TokenTree((prompt[-1],), (-1,)) for prompt in prompts], self._leads())
+        return self._divided(division, super().prefill(prompts, inputs))
 
     def forward(self, trees: Sequence[TokenTree | None]) -> StepLogits:
-        division = Division(trees, *self._shards(trees))
-        own = self.ranks.shard
-        parts = zip(division.shards[own], division.fed_again[own], strict=True)
-        logits = super().forward([behind(lead, part.tree) if part else None for part, lead in parts])
-        self._shard_rows += max(len(lead) + len(part.nodes) for part, lead in self._fed(division, own))
-        return self._divided(division, logits)
+        division = Division(trees, self._leads())
+        fed = division.fed(self.ranks.shard)
+        self._shard_rows += max(len(tree) for tree in fed if tree is not None)
+        return self._divided(division, super().forward(fed))
 
-    def _fed(self, division: Division, shard: int) -> list[tuple[Shard, Sequence[int]]]:
-        pairs = zip(division.shards[shard], division.fed_again[shard], strict=True)
-        return [(part, lead) for part, lead in pairs if part is not None]
-
-    def _shards(self, trees: Sequence[TokenTree | None]) -> tuple[list[list[Shard | None]], list[list[list[int]]]]:
-        """Of each rank, its shards and what is fed in front of them."""
-        fed = [[list(tokens) for tokens in own] for own in self._pending]
-        columns = [
-            tree.shards([len(own[b]) for own in fed]) if tree is not None else [None] * len(fed)
-            for b, tree in enumerate(trees)
-        ]
-        return [list(row) for row in zip(*columns, strict=True)], fed
+    def _leads(self) -> list[list[list[int]]]:
+        return [[list(tokens) for tokens in own] for own in self._pending]
 
     def _divided(self, division: Division, logits: StepLogits) -> ShardedLogits:
         self._division = division
         self._evaluated = perf_counter()
-        self._fed_again = max(len(lead) for s in range(self.ranks.shards) for _, lead in self._fed(division, s))
+        live = [b for b, tree in enumerate(division.trees) if tree is not None]
+        self._fed_again = max(len(own[b]) for own in division.leads for b in live)
         return ShardedLogits(logits.logits, logits.nodes, logits.best, target=self, division=division)
 
     def exchange(self, division: Division, walks: Sequence[Walk | None]) -> list[Walk | None]:
@@ -283,80 +199,61 @@ class ShardedTarget(Target):
         Raises:
             RuntimeError: the ranks have come apart; the message names one.
         """
-        layout, shard = self._layout, self.ranks.shard
         now = perf_counter()
         before = self._stats.own_seconds if self._stats is not None else 0.0
         own = before + now - self._evaluated - self._accounted if self._stats is not None else 0.0
-        numbers = [self._steps, self._digest, division.digest, self.steps.fed_again]
-        numbers += [_micro(own), _micro(self._talked), _micro(self._sending)]
-        for walk, nodes in zip(walks, division.said[shard], strict=True):
-            numbers += _said(walk, nodes[: layout.nodes], layout)
+        again = self.steps.fed_again
+        header = Header(
+            self._steps, self._digest, division.digest, again, *map(_micro, (own, self._gathering, self._sending))
+        )
+        numbers = self._layout.write(header, division.said(self.ranks.shard, walks))
         message = torch.tensor(numbers, dtype=torch.int32)
-        messages = self.ranks.gather(message).tolist()
+        gathered = self.ranks.gather(message).tolist()
         self._collectives += 1
         self._message_bytes += message.nbytes
-        self._talked = perf_counter() - now
-        self._accounted = before + now + self._talked - self._evaluated
-        self._check(messages)
-        talked, sending = min(m[5] for m in messages), min(m[6] for m in messages)
-        self._seconds += (max(m[4] for m in messages) + talked) / 1e6
-        self._transfer += (talked + sending) / 1e6
-        self._fed_again = max(self._fed_again, *(m[3] for m in messages))
-        self._sending = 0.0
+        self._gathering, self._sending = perf_counter() - now, 0.0
+        self._accounted = before + now + self._gathering - self._evaluated
+        headers, said = zip(*map(self._layout.read, gathered), strict=True)
+        self._check(headers)
+        self._count(headers)
         self._steps += 1
-        return [
-            self._longest(division, b, tree, messages) if tree is not None else None
-            for b, tree in enumerate(division.trees)
-        ]
+        per_shard = self.ranks.tensor_parallel
+        return [division.longest(b, said, per_shard) for b in range(len(division.trees))]
 
-    def _check(self, messages: Sequence[Sequence[int]]) -> None:
-        for rank, message in enumerate(messages):
-            if message[:2] != messages[0][:2]:
+    def _check(self, headers: Sequence[Header]) -> None:
+        for rank, header in enumerate(headers):
+            if header[:2] != headers[0][:2]:
                 raise RuntimeError(
                     f"rank {rank} has another text than rank 0 in step {self._steps}: every rank must be given the "
                     "same prompts and options"
                 )
-            if message[2] != messages[0][2]:
+            if header.trees != headers[0].trees:
                 raise RuntimeError(
                     f"rank {rank} has other candidates than rank 0 in step {self._steps}: a source of one's own, or a "
                     "shared pool, must give the same on all ranks"
                 )
 
-    def _longest(self, division: Division, sequence: int, tree: TokenTree, messages: Sequence[Sequence[int]]) -> Walk:
-        """The longest walk that a message tells of, with what all of them say about the nodes."""
-        layout = self._layout
-        start = HEADER + sequence * (3 + layout.nodes * layout.width)
-        depths = tree.depths
-        last, bonus, reason = max((m[start : start + 3] for m in messages), key=lambda said: depths[said[0]])
-        path = tree.path(last)
-        ranked: dict[int, Sequence[int]] = {}
-        for shard in range(self.ranks.shards):
-            message = messages[shard * self.ranks.tensor_parallel]
-            for i, node in enumerate(division.said[shard][sequence][: layout.nodes]):
-                at = start + 3 + i * layout.width
-                ranked[node] = [token for token in message[at : at + layout.width] if token >= 0]
-        tokens = (*(tree.tokens[node] for node in path[1:]), bonus)
-        return Walk(tokens, tuple(path), REASONS[reason], ranked)
+    def _count(self, headers: Sequence[Header]) -> None:
+        """The step took as long as on its slowest rank; a message is on its way while the last rank waits for it."""
+        gathering, sending = min(h.gathering for h in headers), min(h.sending for h in headers)
+        self._seconds += (max(h.time for h in headers) + gathering) / 1e6
+        self._transfer += (gathering + sending) / 1e6
+        self._fed_again = max(self._fed_again, *(h.fed_again for h in headers))
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         division, shards, own = self._division, range(self.ranks.shards), self.ranks.shard
         held = [[division.held(shard, b, path) for b, path in enumerate(paths)] for shard in shards]
-        local = []
-        for b, path in enumerate(paths):
-            part, lead = division.shards[own][b], len(division.fed_again[own][b])
-            place = {node: lead + i for i, node in enumerate(part.nodes)} if part is not None else {}
-            local.append([*range(lead if path else 0), *(place[node] for node in path[: held[own][b]])])
-        before = [length + len(tokens) for length, tokens in zip(self.steps.lengths, self._pending[own], strict=True)]
-        super().commit(local)
-        for b, path in enumerate(paths):
-            tree = division.trees[b]
+        before = self.lengths
+        super().commit([division.local(own, b, path) for b, path in enumerate(paths)])
+        lags = [0] * len(paths)
+        for b, (tree, path) in enumerate(zip(division.trees, paths, strict=True)):
             if tree is None or not path:
                 continue
             tokens = [tree.tokens[node] for node in path]
-            self._digest = zlib.crc32(array("q", [b, *tokens]).tobytes(), self._digest) >> 1
+            self._digest = checksum([b, *tokens], self._digest)
             for shard in shards:
                 self._pending[shard][b] = tokens[held[shard][b] :]
-        lags = [max(len(own[b]) for own in self._pending) if path else 0 for b, path in enumerate(paths)]
+            lags[b] = max(len(pending[b]) for pending in self._pending)
         if any(lags) and self._pays_to_send(lags):
             self._send(paths, held, before)
 
@@ -450,21 +347,6 @@ class ShardedTarget(Target):
         stats.message_bytes, stats.sent_bytes = self._message_bytes, self._sent_bytes
 
 
-def behind(lead: Sequence[int], tree: TokenTree) -> TokenTree:
-    """A tree with a chain of tokens in front of its root, whose logits are wanted still."""
-    n = len(lead)
-    if not n:
-        return tree
-    parents = (*range(-1, n - 1), *(parent + n for parent in tree.parents))
-    last_row = (n, *(node + n for node in tree.last_row if node))
-    return TokenTree((*lead, *tree.tokens), parents, last_row, tree.first_candidate + n)
-
-
-def divided(times: Sequence[tuple[int, float]], shards: int) -> list[tuple[int, float]]:
-    """t(n) of steps that are divided over ranks, from t(n) of one rank: a step of one row is none the faster."""
-    return [(rows if rows == 1 else rows * shards, time) for rows, time in times]
-
-
 def digest_of(model: PreTrainedModel) -> str:
     """Of a sample of all weights, those of this rank where they are divided."""
     sums = hashlib.sha256()
@@ -485,15 +367,3 @@ def _short(text: str) -> str:
 
 def _micro(seconds: float) -> int:
     return min(int(seconds * 1e6), 2**31 - 1)
-
-
-def _said(walk: Walk | None, nodes: Sequence[int], layout: Layout) -> list[int]:
-    """What a message says of a sequence: how far its walk came, the token after that, whether it ended, and the best
-    tokens of some nodes."""
-    if walk is None:
-        return [0] * (3 + layout.nodes * layout.width)
-    numbers = [walk.path[-1], walk.tokens[-1], REASONS.index(walk.finish_reason)]
-    for node in nodes:
-        best = list(walk.ranked[node][: layout.width])
-        numbers += best + [-1] * (layout.width - len(best))
-    return numbers + [-1] * (3 + layout.nodes * layout.width - len(numbers))
