@@ -69,7 +69,7 @@ def test_two_ranks_print_what_one_process_prints(capsys, monkeypatch) -> None:
     assert (together.returncode, together.stdout) == (0, alone)
 
 
-def test_a_problem_on_ranks_is_one_line(prompts: Path) -> None:
+def test_a_problem_on_ranks_is_one_line() -> None:
     done = on_ranks("chat", "pocket")
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if line.startswith("lookahead: ")]

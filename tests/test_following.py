@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -122,6 +123,31 @@ def _counter() -> Any:
     return processor
 
 
+def _list_in_a_closure() -> Any:
+    calls: list[int] = []
+
+    def processor(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return scores
+
+    return processor
+
+
+class RemembersOddly(LogitsProcessor):
+    """In things that have no attributes, from the second call on."""
+
+    def __init__(self, kind: str) -> None:
+        self.calls = 0
+        self.kept: Any = deque() if kind == "deque" else None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.calls > 1:
+            best = float(scores.max())
+            self.kept = deque([best]) if self.kept is not None else scores.numpy().copy()
+        return scores
+
+
 class NoCopy(LogitsProcessor):
     def __deepcopy__(self, memo: Any) -> Any:
         raise TypeError("it holds a connection")
@@ -132,11 +158,24 @@ class NoCopy(LogitsProcessor):
 
 @pytest.mark.parametrize(
     ("processor", "words"),
-    [(Remembers(), "remembers scores"), (_counter(), "outside of itself"), (NoCopy(), "cannot be copied")],
+    [
+        (Remembers(), "remembers scores"),
+        (RemembersOddly("deque"), "remembers scores"),
+        (RemembersOddly("array"), "remembers scores"),
+        (_counter(), "outside of itself"),
+        (_list_in_a_closure(), "outside of itself"),
+        (NoCopy(), "cannot be copied"),
+    ],
 )
 def test_what_cannot_follow_is_refused(processor: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         refuse_what_cannot_follow([processor], [], TEXT, VOCABULARY)
+
+
+def test_a_criterion_that_keeps_state_outside_of_itself_is_refused() -> None:
+    lengths: list[int] = []
+    with pytest.raises(ValueError, match="outside of itself"):
+        refuse_what_cannot_follow([], [lambda ids, scores: bool(lengths.append(1))], TEXT, VOCABULARY)
 
 
 def test_what_depends_on_the_text_may_follow_and_is_left_as_it_was() -> None:

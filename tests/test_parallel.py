@@ -129,8 +129,11 @@ def batch(ranks: Ranks | None) -> Any:
 
 
 def sliding_windows(ranks: Ranks | None) -> Any:
-    model = small("mistral")
-    return both(model, [PROMPT], ranks, **LONG, do_sample=False, decoding={"propose": guessing(model, PROMPT, **LONG)})
+    """Long enough for what has left the window to make way."""
+    model, options = small("mistral", max_position_embeddings=512), LONG | {"max_new_tokens": 250, "do_sample": False}
+    config = ld.LookaheadConfig(step_times=FREE, max_rows=8)
+    decoding = {"config": config, "propose": guessing(model, PROMPT, **options)}
+    return both(model, [PROMPT], ranks, **options, decoding=decoding)
 
 
 def candidates_as_a_chain(ranks: Ranks | None) -> Any:
@@ -192,6 +195,26 @@ def alone() -> dict[str, Any]:
 def test_ranks_emit_the_tokens_of_generate(size: int, exchange: str, alone: dict[str, Any]) -> None:
     for found in many.run(size, all_cases, exchange=exchange):
         assert found == alone
+
+
+def noisy(ranks: Ranks) -> tuple[Any, Any]:
+    """Each rank's logits are a little other ones, as if rounding were coarse: their walks go apart again and again."""
+    model = small()
+    noise = torch.Generator().manual_seed(ranks.rank)
+    model.lm_head.register_forward_hook(
+        lambda module, inputs, logits: logits + 0.5 * torch.randn(logits.shape, generator=noise)
+    )
+    counting = Counting()
+    options = LONG | SAMPLED | {"logits_processor": LogitsProcessorList([counting])}
+    found = both(model, [PROMPT], ranks, **options, decoding={"propose": guessing(small(), PROMPT, **LONG | SAMPLED)})
+    return found, torch.get_rng_state().tolist()
+
+
+@pytest.mark.parametrize("exchange", ["refeed", "send"])
+def test_ranks_whose_walks_go_apart_come_to_one_text_and_one_random_state(exchange: str) -> None:
+    first, *others = many.run(3, noisy, exchange=exchange)
+    assert others == [first, first]
+    assert len(first[0][0]) == 40
 
 
 def divided_model(ranks: Ranks) -> Any:
@@ -289,6 +312,8 @@ def differing(ranks: Ranks, what: str) -> str:
     options: dict[str, Any] = {"max_new_tokens": 5}
     if odd and what == "max_length":
         options["max_new_tokens"] = 6
+    if odd and what == "generation config":
+        options["repetition_penalty"] = 1.1
     decoding = ld.LookaheadDecoding(config, parallel=ranks)
     if what == "candidates":
         decoding.propose = lambda text: [[1 + ranks.rank, 2]]
@@ -300,7 +325,17 @@ def differing(ranks: Ranks, what: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "what", ["prompt", "max_length", "dtype", "weights", "type of model", "lookahead configuration", "candidates"]
+    "what",
+    [
+        "prompt",
+        "max_length",
+        "generation config",
+        "dtype",
+        "weights",
+        "type of model",
+        "lookahead configuration",
+        "candidates",
+    ],
 )
 def test_what_differs_between_ranks_is_refused_by_name(what: str) -> None:
     for message in many.run(2, differing, what):
@@ -333,6 +368,22 @@ def test_what_ranks_cannot_honour_is_refused() -> None:
     for remembers, scores in many.run(2, refusals):
         assert "remembers scores" in remembers
         assert scores.startswith("output_scores: only the rank that chose a token has its scores")
+
+
+def twice(ranks: Ranks) -> str:
+    with ld.parallel(device="cpu", tensor_parallel=2) as inner:
+        assert inner.tensor_parallel == 2
+        inner.gather(torch.zeros(1))
+    try:
+        inner.gather(torch.zeros(1))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_program_may_join_its_ranks_more_than_once() -> None:
+    for message in many.run(4, twice, tensor_parallel=2):
+        assert message.startswith("these ranks have left")
 
 
 def test_without_torchrun_it_says_how_to_start() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import combinations_with_replacement
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -161,5 +163,23 @@ def test_every_path_of_a_tree_is_whole_in_a_shard(
         assert all(part.nodes[p] == tree.parents[n] for n, p in zip(part.nodes[1:], part.tree.parents[1:], strict=True))
         assert [part.nodes[i] for i in part.tree.last_row] == [n for n in tree.last_row if n in part.nodes]
         assert set(part.nodes[part.tree.first_candidate :]) <= set(range(tree.first_candidate, len(tree)))
-    most = max(len(part.nodes) + burden for part, burden in zip(parts, burdens, strict=True))
-    assert most <= len(tree) + max(burdens)
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=3), min_size=1, max_size=5),
+    st.lists(st.integers(0, 3), min_size=2, max_size=3),
+)
+def test_no_other_runs_have_a_smaller_largest_shard(candidates: list[list[int]], burdens: list[int]) -> None:
+    tree = build_tree(9, candidates=candidates)
+    order = tree._depth_first()
+
+    def rows(run: list[int]) -> int:
+        return len({0} | {above for node in run for above in tree.path(node)})
+
+    def largest(cuts: tuple[int, ...]) -> int:
+        ends = [0, *cuts, len(order)]
+        return max(rows(order[a:b]) + more for a, b, more in zip(ends, ends[1:], burdens, strict=True))
+
+    cuts = combinations_with_replacement(range(len(order) + 1), len(burdens) - 1)
+    found = max(len(part.nodes) + more for part, more in zip(tree.shards(burdens), burdens, strict=True))
+    assert found == min(map(largest, cuts))

@@ -15,7 +15,7 @@ import lookahead_decoding as ld
 import many
 from conftest import FREE
 from lookahead_decoding.ranks import Ranks
-from lookahead_decoding.watch import DONE, FAILED, RUNNING, SILENCE, Sign, fault_of
+from lookahead_decoding.watch import DONE, ENDED, FAILED, RUNNING, SILENCE, Sign, fault_of
 from test_parallel import LONG, PROMPT, small
 
 
@@ -39,8 +39,14 @@ def test_a_rank_without_a_sign_of_life_is_named() -> None:
 
 def test_a_rank_that_failed_is_named_with_its_error_after_a_while() -> None:
     failed = sign(state=FAILED, problem="no such model")
-    assert fault([sign(), failed], [0.0, 1.0]) is None
-    assert fault([sign(), failed], [0.0, 2.5]) == ((1,), "rank 1 (process 77 on here) failed: no such model")
+    assert fault([sign(), failed], [0.0, 3.0]) is None
+    assert fault([sign(), failed], [0.0, 4.5]) == ((1,), "rank 1 (process 77 on here) failed: no such model")
+
+
+def test_a_rank_that_was_told_to_end_is_named_at_once() -> None:
+    told = sign(state=ENDED, problem="was told to end (SIGTERM)")
+    assert fault([sign(), told], [0.0, 0.1]) == ((1,), "rank 1 (process 77 on here) was told to end (SIGTERM)")
+    assert fault([sign(), sign(state=ENDED)], [0.0, 60.0]) is None
 
 
 def test_ranks_that_do_not_come_to_a_collective_are_named() -> None:
@@ -64,6 +70,8 @@ def forever(ranks: Ranks, folder: Path, what: str) -> None:
             (folder / f"ready-{ranks.rank}").write_text(str(os.getpid()))
             if what == "raises" and ranks.rank == 1:
                 raise ValueError("this rank alone")
+            if what == "leaves" and ranks.rank == 1:
+                return
             if what == "hangs" and ranks.rank == 1:
                 time.sleep(600)
         ld.generate(model, torch.tensor([PROMPT]), **LONG, do_sample=False, lookahead=decoding)
@@ -74,7 +82,9 @@ def forever(ranks: Ranks, folder: Path, what: str) -> None:
     [
         ("SIGKILL", 10, "rank 1 (process {} on"),
         ("SIGSTOP", SILENCE + 10, "rank 1 (process {} on"),
+        ("SIGTERM", 10, "was told to end (SIGTERM)"),
         ("raises", 10, "failed: this rank alone"),
+        ("leaves", 10, "rank 1 has left where rank"),
         ("hangs", 20, "rank 1 (process {} on"),
     ],
 )

@@ -18,7 +18,7 @@ from . import pocket_path
 from .config import SOURCES, LookaheadConfig
 from .hf import context_of
 from .probe import probe
-from .ranks import START, Ranks, parallel, speaks, started
+from .ranks import PATIENCE, START, Ranks, parallel, speaks, started
 from .shared import Namespace, SharedPool
 from .shared_file import load_pool, save_pool
 from .tensor_parallel import divide
@@ -36,25 +36,37 @@ def with_ranks(command: Callable[..., None]) -> Callable[..., None]:
     """Let torchrun start a command: it gets the ranks as `ranks`, None without torchrun, and the first one prints."""
 
     @functools.wraps(command)
-    def joined(tensor_parallel: int, device: str | None, **rest: Any) -> None:
+    def joined(tensor_parallel: int, patience: float, device: str | None, **rest: Any) -> None:
         if not started():
             if tensor_parallel > 1:
                 raise Problem(f"--tensor-parallel divides a model over ranks: {START}")
             command(device=device, ranks=None, **rest)
             return
         try:
-            with parallel(tensor_parallel=tensor_parallel, device=device) as ranks, _speaking(ranks):
+            with parallel(tensor_parallel=tensor_parallel, device=device, patience=patience) as ranks, _speaking(ranks):
                 command(device=device, ranks=ranks, **rest)
         except ValueError as error:
             raise Problem(first_line(error)) from error
 
-    return click.option(
-        "--tensor-parallel",
-        type=click.IntRange(1),
-        default=1,
-        show_default=True,
-        help="Ranks that hold one copy of the model together; needs torchrun.",
-    )(joined)
+    wrapped: Callable[..., None] = joined
+    for option in (
+        click.option(
+            "--tensor-parallel",
+            type=click.IntRange(1),
+            default=1,
+            show_default=True,
+            help="Ranks that hold one copy of the model together; needs torchrun.",
+        ),
+        click.option(
+            "--patience",
+            type=click.FloatRange(1),
+            default=PATIENCE,
+            show_default=True,
+            help="Seconds that ranks wait for one which is alive, such as one that compiles.",
+        ),
+    ):
+        wrapped = option(wrapped)
+    return wrapped
 
 
 @contextmanager

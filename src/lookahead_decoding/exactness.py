@@ -7,6 +7,7 @@ two best tokens were. When sampling, that is the margin of log p - log q, q bein
 from __future__ import annotations
 
 import copy
+import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -80,6 +81,8 @@ def _both(
     for method in (model.generate, lambda *a, **k: generate(model, *a, lookahead=decoding, **k)):
         torch.manual_seed(seed)
         outputs.append(method(ids, attention_mask=torch.ones_like(ids), **kwargs)[0, ids.shape[1] :].tolist())
+    if decoding.parallel is not None:  # whatever follows, all ranks do it, or none
+        outputs[0] = json.loads(decoding.parallel.spoken(json.dumps(outputs[0])))
     return outputs[0], outputs[1]
 
 

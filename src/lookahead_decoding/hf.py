@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import operator
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -269,9 +268,9 @@ class LookaheadDecoding:
                 "the model is divided over ranks, which take steps together: pass parallel=ld.parallel()'s"
             )
         if self.parallel is not None and self.parallel.size > 1:
-            others = (input_ids, inputs, logits_processor, stopping_criteria, generation_config)
-            _agree(self, self.parallel, model, *others)
-        requests = _requests(self, input_ids, logits_processor, stopping_criteria, generation_config, rows)
+            _agree(self, self.parallel, input_ids, inputs, logits_processor, stopping_criteria, generation_config)
+        asked = (input_ids, logits_processor, stopping_criteria, generation_config)
+        requests = _requests(self, *asked, rows, text_config(model).vocab_size)
         before = past.get_seq_length()
         longest = before + max(r.limit - r.cached for r in requests)
         rows_of_tree = max_rows(self.config, own_source=self.propose is not None)
@@ -507,6 +506,7 @@ def _requests(
     criteria: StoppingCriteriaList,
     config: GenerationConfig,
     rows: list[_Row],
+    vocabulary: int,
 ) -> list[Request]:
     ends = [c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)]
     if not ends:
@@ -517,20 +517,24 @@ def _requests(
     others = [c for c in criteria if type(c) is not EosTokenCriteria and not isinstance(c, MaxLengthCriteria)]
     generators = _generators(decoding.seeds, batch, bool(config.do_sample), ids.device)
     pad = config._pad_token_tensor
+    together = decoding.parallel is not None and decoding.parallel.size > 1
     requests = []
     for row, (place, generator) in enumerate(zip(rows, generators, strict=True)):
-        own = batch == 1
+        own = list(processors) if batch == 1 else [_for_row(p, row, batch) for p in processors]
+        ending = others if batch == 1 else [_for_row(c, row, batch) for c in others]
+        if together:
+            refuse_what_cannot_follow(own, ending, ids[row : row + 1], vocabulary)
         sampler = Sampler(
             ids[row : row + 1],
             max_length,
             stop_ids=tuple(stop_ids),
-            processors=list(processors) if own else [_for_row(p, row, batch) for p in processors],
-            criteria=others if own else [_for_row(c, row, batch) for c in others],
+            processors=own,
+            criteria=ending,
             do_sample=bool(config.do_sample),
             generator=generator,
             keep_scores=bool(config.return_dict_in_generate and config.output_scores),
             keep_logits=bool(config.return_dict_in_generate and config.output_logits),
-            follows=decoding.parallel is not None and decoding.parallel.shards > 1,
+            follows=together,
         )
         prompt = tuple(ids[row, place.skip :].tolist())
         barred = frozenset(stop_ids | ({_first(pad)} if pad is not None and stop_ids else set()))  # not worth guessing
@@ -542,7 +546,6 @@ def _requests(
 def _agree(
     decoding: LookaheadDecoding,
     ranks: Ranks,
-    model: PreTrainedModel,
     ids: torch.Tensor,
     inputs: dict[str, Any],
     processors: LogitsProcessorList,
@@ -552,21 +555,22 @@ def _agree(
     """See that all ranks were asked the same, and that each can take what another one has chosen."""
     ranks.agree(
         {
-            "prompt": hashlib.sha256(str(ids.tolist()).encode()).hexdigest()[:16],
+            "prompt": f"{len(ids)} x {ids.shape[1]} tokens, checksum {zlib.crc32(str(ids.tolist()).encode()):08x}",
             "max_length": config.max_length,
             "do_sample": config.do_sample,
+            "generation config": sorted(config.to_diff_dict().items()),
             "logits_processor": [type(p).__name__ for p in processors],
             "stopping_criteria": [type(c).__name__ for c in criteria],
+            "stop_strings": decoding.stop_strings,
+            "further sources": [n for n in ("propose", "shared") if getattr(decoding, n) is not None],
             "seeds": decoding.seeds,
             "compile": decoding.compile,
             "inputs": {name: zlib.crc32(repr(state_of(value)).encode()) for name, value in inputs.items()},
         }
     )
     for name in ("output_scores", "output_logits"):
-        if config.return_dict_in_generate and getattr(config, name):
+        if ranks.shards > 1 and config.return_dict_in_generate and getattr(config, name):
             raise ValueError(f"{name}: only the rank that chose a token has its scores; ask for them on one device")
-    others = [c for c in criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria)]
-    refuse_what_cannot_follow(processors, others, ids[:1], text_config(model).vocab_size)
     if config.do_sample:
         ranks.random_state()
 

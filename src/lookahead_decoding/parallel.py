@@ -115,7 +115,7 @@ class ShardedTarget(Target):
             "version of transformers": transformers.__version__,
             "type of model": self.model.config.model_type,
             "dtype": self.model.dtype,
-            "model configuration": _short(self.model.config.to_json_string(use_diff=False)),
+            "model configuration": _checksum_of(self.model.config),
             "weights": digest_of(self.model),
             "way to check candidates": self.strategy.name,
             "way to run a step": self.how,
@@ -173,15 +173,18 @@ class ShardedTarget(Target):
         return self._times
 
     def prefill(self, prompts: Sequence[Sequence[int]], inputs: Mapping[str, Any] | None = None) -> StepLogits:
+        self._catch_up()
         self._digest = checksum([n for prompt in prompts for n in (*prompt, -1)], sum(self.lengths))
         division = Division([TokenTree((prompt[-1],), (-1,)) for prompt in prompts], self._leads())
-        return self._divided(division, super().prefill(prompts, inputs))
+        with self.ranks.computing():
+            return self._divided(division, super().prefill(prompts, inputs))
 
     def forward(self, trees: Sequence[TokenTree | None]) -> StepLogits:
         division = Division(trees, self._leads())
         fed = division.fed(self.ranks.shard)
         self._shard_rows += max(len(tree) for tree in fed if tree is not None)
-        return self._divided(division, super().forward(fed))
+        with self.ranks.computing():
+            return self._divided(division, super().forward(fed))
 
     def _leads(self) -> list[list[list[int]]]:
         return [[list(tokens) for tokens in own] for own in self._pending]
@@ -278,8 +281,9 @@ class ShardedTarget(Target):
 
     def _measured_link(self) -> tuple[float, float]:
         """Seconds of sending no token's keys and values, and of each one, as the slowest rank sees it."""
-        made = memory_of(self.model).made
-        if "link" not in made:
+        made, name = memory_of(self.model).made, f"link of {self.ranks}"
+        start = perf_counter()
+        if name not in made:
             size = self.steps.cache.bytes_per_token
             best = []
             for tokens in LINK_TOKENS:
@@ -295,8 +299,9 @@ class ShardedTarget(Target):
                 best.append(min(times))
             slowest = self.ranks.gather(torch.tensor(best, dtype=torch.float64)).amax(0).tolist()
             more = max(0.0, slowest[1] - slowest[0]) / (LINK_TOKENS[1] - LINK_TOKENS[0])
-            made["link"] = None, (max(0.0, slowest[0] - more * LINK_TOKENS[0]), more)
-        link: tuple[float, float] = made["link"][1]
+            made[name] = None, (max(0.0, slowest[0] - more * LINK_TOKENS[0]), more)
+        self._accounted += perf_counter() - start  # no step took this long
+        link: tuple[float, float] = made[name][1]
         return link
 
     def _send(self, paths: Sequence[Sequence[int]], held: Sequence[Sequence[int]], before: Sequence[int]) -> None:
@@ -328,12 +333,17 @@ class ShardedTarget(Target):
         self._sending += perf_counter() - start
 
     def store(self, past: Cache, starts: Sequence[int]) -> None:
+        self._catch_up()
+        super().store(past, starts)
+
+    def _catch_up(self) -> None:
+        """Evaluate what this rank lacks, alone; ranks that lack nothing take no part in it."""
         own = self._pending[self.ranks.shard]
-        if any(own):  # the others do not take part in this
+        if any(own):
             super().forward([TokenTree(tuple(t), tuple(range(-1, len(t) - 1))) if t else None for t in own])
             super().commit([range(len(tokens)) for tokens in own])
-            own[:] = [[] for _ in own]
-        super().store(past, starts)
+            for pending in self._pending:
+                pending[:] = [[] for _ in pending]
 
     def report(self, stats: Stats) -> None:
         super().report(stats)
@@ -361,8 +371,10 @@ def digest_of(model: PreTrainedModel) -> str:
     return sums.hexdigest()[:16]
 
 
-def _short(text: str) -> str:
-    return hashlib.sha256(json.dumps(json.loads(text), sort_keys=True).encode()).hexdigest()[:16]
+def _checksum_of(config: Any) -> str:
+    """Of a model's configuration, but for where it was loaded from."""
+    content = {name: value for name, value in config.to_dict().items() if not name.startswith("_")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _micro(seconds: float) -> int:

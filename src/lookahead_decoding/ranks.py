@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -53,8 +54,8 @@ class Ranks:
     device: torch.device
     tensor_parallel: int = 1
     exchange: str = "auto"
-    mesh: DeviceMesh | None = None
-    watch: Watch | None = None
+    mesh: DeviceMesh | None = field(default=None, repr=False)
+    watch: Watch | None = field(default=None, repr=False)
 
     @property
     def shards(self) -> int:
@@ -82,6 +83,10 @@ class Ranks:
             dist.all_gather(list(found.unbind()), own)
             return found.cpu()
 
+    def computing(self) -> AbstractContextManager[None]:
+        """Around a forward: one of a model that is divided is a collective."""
+        return self._waiting() if self.tensor_parallel > 1 else nullcontext()
+
     def share(self, tensor: torch.Tensor, shard: int) -> None:
         """Fill a tensor on all ranks with that of the ranks of one shard; all call it, with one shape and dtype."""
         if self.shards == 1:
@@ -97,6 +102,8 @@ class Ranks:
 
     def _waiting(self) -> AbstractContextManager[None]:
         assert self.watch is not None
+        if self.watch.over:
+            raise ValueError("these ranks have left: use them inside the with block of ld.parallel()")
         return self.watch.waiting()
 
     def agree(self, facts: Mapping[str, Any], within: Sequence[str] = ()) -> None:
@@ -159,6 +166,11 @@ def started() -> bool:
     return all(name in os.environ for name in VARIABLES)
 
 
+def _destroy() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def speaks() -> bool:
     """Whether this process is the one that speaks to the user."""
     return not started() or os.environ["RANK"] == "0"
@@ -186,7 +198,7 @@ def parallel(
             of the root), "send" (their keys and values), or "auto", what is estimated to take less time.
         patience: seconds that ranks wait for one that is alive.
 
-    Returns:
+    Yields:
         The ranks, to be passed on as `parallel=`.
 
     Raises:
@@ -194,7 +206,7 @@ def parallel(
     """
     missing = [name for name in VARIABLES if name not in os.environ]
     if missing:
-        raise ValueError(f"{', '.join(missing)} is not set: {START}")
+        raise ValueError(f"not set: {', '.join(missing)}: {START}")
     rank, size, local = (int(os.environ[name]) for name in VARIABLES[:3])
     if tensor_parallel < 1 or size % tensor_parallel:
         raise ValueError(f"tensor_parallel={tensor_parallel} does not divide {size} ranks: start a multiple of it")
@@ -204,13 +216,17 @@ def parallel(
     if size == 1:
         yield Ranks(rank, size, place, exchange=exchange)
         return
-    ours = not dist.is_initialized()
-    if ours:
-        backend = "nccl" if place.type == "cuda" else "gloo"
-        limit = timedelta(seconds=2 * patience)  # the watch comes first
-        if place.type == "cuda":
-            torch.cuda.set_device(place)
+    backend = "nccl" if place.type == "cuda" else "gloo"
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    if not dist.is_initialized():
+        limit = timedelta(seconds=patience + 60)  # the watch comes first
         dist.init_process_group(backend, timeout=limit, device_id=place if backend == "nccl" else None)
+        atexit.register(_destroy)  # and not at the end of the block: a program may join its ranks more than once
+    if dist.get_backend() != backend:
+        raise ValueError(
+            f"device {place.type!r} needs {backend}, and this program's ranks talk through {dist.get_backend()}"
+        )
     shape = (size // tensor_parallel, tensor_parallel)
     mesh = init_device_mesh(place.type, shape, mesh_dim_names=("lookahead", "tp"))
     name = torch.tensor(list(os.urandom(8)), dtype=torch.uint8, device=place)
@@ -222,13 +238,10 @@ def parallel(
     with watch.told_to_end():
         try:
             yield ranks
-            ranks.gather(torch.zeros(1, dtype=torch.uint8))  # none leaves before all have come
         except BaseException as error:
             watch.stop(error)
             raise
         watch.stop()
-    if ours:
-        dist.destroy_process_group()
 
 
 def _device(device: str | torch.device | None, local: int) -> torch.device:

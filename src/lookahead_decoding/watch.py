@@ -32,7 +32,7 @@ SUSPICION = 3.0
 """The same once a connection broke, or this process was told to end: somebody has gone."""
 
 GRACE = 2.0
-"""Seconds for this rank to come to the same end by itself, where another one has failed."""
+"""Seconds for a rank to come to the same end by itself, where another one has left; twice that where it has failed."""
 
 RUNNING, DONE, FAILED, ENDED = "running", "done", "failed", "ended"
 
@@ -84,7 +84,9 @@ def fault_of(
     """
     others = {other: sign for other, sign in signs.items() if other != rank}
     for other, sign in others.items():
-        if sign.state == FAILED and silent[other] > GRACE:
+        if sign.state == ENDED and sign.problem:
+            return Fault((other,), f"rank {other} ({sign.place}) {sign.problem}")
+        if sign.state == FAILED and silent[other] > 2 * GRACE:
             return Fault((other,), f"rank {other} ({sign.place}) failed: {sign.problem}")
     for other, sign in others.items():
         if sign.state == RUNNING and silent[other] > silence:
@@ -100,6 +102,7 @@ def fault_of(
     return None
 
 
+TOLD = "was told to end (SIGTERM)"
 ALIKE = "all ranks must make the same calls, or one hangs"
 
 
@@ -119,18 +122,19 @@ class Watch:
         limit = timedelta(seconds=5)
         self._store = dist.TCPStore(host, port, is_master=False, timeout=limit, wait_for_workers=False)  # type: ignore[attr-defined]
         self._keys = [f"{name}/{other}" for other in range(size)]
+        self._state = RUNNING
         self._sign = Sign(0, RUNNING, 0, socket.gethostname(), os.getpid())
         self._signs: dict[int, Sign] = {}
         self._seen: dict[int, float] = {}  # when each rank's last sign was
         self._collectives = 0
         self._waits_since: float | None = None
         self._suspicious_since: float | None = None
-        self._told_to_end = self._blind = False
+        self._told_since: float | None = None
+        self._blind = False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch over other ranks", daemon=True)
-        self._signals, self._wakeup = os.pipe()
-        os.set_blocking(self._signals, False)
-        os.set_blocking(self._wakeup, False)
+        self._signals: int | None = None
+        self._passed_on = -1
 
     def start(self) -> None:
         """Wait for all ranks, and watch them from here on.
@@ -147,18 +151,25 @@ class Watch:
         self._look()
         self._thread.start()
 
+    @property
+    def over(self) -> bool:
+        """Whether this rank has left."""
+        return self._over.is_set()
+
     def stop(self, error: BaseException | None = None) -> None:
-        """This rank leaves, in order or with an error."""
-        if isinstance(
-            error, (RuntimeError, dist.DistError)
-        ):  # somebody else may be the cause, which the thread finds out
+        """This rank leaves, in order or with an error; in order, once all others have come to that as well."""
+        if isinstance(error, dist.DistError) or "gloo" in str(error):  # a connection broke: the thread finds out whose
             self._suspicious_since = time.monotonic()
             self._over.wait(SUSPICION + GRACE)
+        self._state = DONE if error is None else FAILED
+        end = time.monotonic() + self._patience
+        while error is None and self._others_run() and time.monotonic() < end:
+            time.sleep(BEAT / 10)
         self._over.set()
         self._thread.join()
         problem = "" if error is None else (str(error).strip().splitlines() or [type(error).__name__])[0]
         with suppress(Exception):  # the store may have gone with its owner
-            self._leave(DONE if error is None else FAILED, problem)
+            self._leave(problem)
         if error is not None and self._rank:
             time.sleep(GRACE / 2)  # the first rank speaks to the user; whoever ends first has all others ended
 
@@ -167,8 +178,10 @@ class Watch:
         """Around a collective."""
         self._collectives += 1
         self._waits_since = time.monotonic()
-        yield
-        self._waits_since = None
+        try:
+            yield
+        finally:
+            self._waits_since = None
 
     @contextmanager
     def told_to_end(self) -> Iterator[None]:
@@ -176,16 +189,36 @@ class Watch:
         if threading.current_thread() is not threading.main_thread():  # only that one can receive signals
             yield
             return
+        signals, wakeup = os.pipe()
+        os.set_blocking(signals, False)
+        os.set_blocking(wakeup, False)
         handler = signal.signal(signal.SIGTERM, lambda number, frame: None)
-        wakeup = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+        self._signals, self._passed_on = signals, signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
         try:
             yield
         finally:
-            signal.set_wakeup_fd(wakeup)
-            signal.signal(signal.SIGTERM, handler)
+            self._signals = None
+            signal.set_wakeup_fd(self._passed_on)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if handler is None else handler)
+            os.close(signals)
+            os.close(wakeup)
+            if self._told_since is not None:
+                signal.raise_signal(signal.SIGTERM)
+
+    def _hear(self, now: float) -> None:
+        """Look for SIGTERM, whatever the main thread waits for; what else there is goes to who listened before."""
+        with suppress(OSError):
+            heard = os.read(self._signals, 64) if self._signals is not None else b""
+            if signal.SIGTERM in heard:
+                self._told_since = self._told_since or now
+            if heard and self._passed_on >= 0:
+                os.write(self._passed_on, heard)
+
+    def _others_run(self) -> bool:
+        return any(sign.state == RUNNING for rank, sign in self._signs.items() if rank != self._rank)
 
     def _run(self) -> None:
-        while not self._over.wait(BEAT):
+        while not self._over.wait(BEAT if self._state == RUNNING else BEAT / 10):
             try:
                 self._leave()
                 self._look()
@@ -195,11 +228,8 @@ class Watch:
             self._judge(time.monotonic())
 
     def _judge(self, now: float) -> None:
-        with suppress(BlockingIOError):
-            if signal.SIGTERM in os.read(self._signals, 64):
-                self._told_to_end = True
-                self._suspicious_since = self._suspicious_since or now
-        suspicious = self._blind or self._suspicious_since is not None
+        self._hear(now)
+        suspicious = self._blind or (self._suspicious_since or self._told_since) is not None
         fault = fault_of(
             self._rank,
             self._signs,
@@ -210,13 +240,13 @@ class Watch:
         )
         if fault is not None:
             self._end(fault)
-        if self._told_to_end and self._suspicious_since and now - self._suspicious_since > SUSPICION + GRACE:
+        if self._told_since is not None and now - self._told_since > SUSPICION + GRACE / 2:
             self._end(None)  # by the user, then
 
-    def _leave(self, state: str = RUNNING, problem: str = "") -> None:
+    def _leave(self, problem: str = "") -> None:
         """A sign of life."""
         last = self._sign
-        self._sign = Sign(last.beat + 1, state, self._collectives, last.host, last.process, problem)
+        self._sign = Sign(last.beat + 1, self._state, self._collectives, last.host, last.process, problem)
         self._store.set(self._keys[self._rank], json.dumps(asdict(self._sign)))
 
     def _look(self) -> None:
@@ -237,6 +267,7 @@ class Watch:
             ]
             if self._rank == min(well, default=self._rank):
                 print(f"lookahead: {fault.problem}", file=sys.stderr, flush=True)
+        self._state = ENDED
         with suppress(Exception):
-            self._leave(ENDED)
+            self._leave("" if fault is not None else TOLD)
         os._exit(1 if fault is not None else 128 + signal.SIGTERM)

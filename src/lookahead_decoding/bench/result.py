@@ -155,7 +155,10 @@ class Result:
                     found = [v for row in rows if (v := getattr(row, name)) is not None]
                     line[name] = round(sum(found) / len(found), 3) if found else None
                 line["sources"] = added(row.sources for row in rows)
-                line["ranks"] = {name: round(mean(row.ranks[name] for row in rows), 4) for name in rows[0].ranks}
+                shared = [row.ranks for row in rows if row.ranks]
+                line["ranks"] = {
+                    name: round(mean(one[name] for one in shared), 4) for name in (shared[0] if shared else ())
+                }
                 for name, to in (("over_best_plain", best), ("over_hf_greedy", self._like(method, "hf-greedy"))):
                     ratio = self.ratio(method, to, looping) if to else None
                     line[name] = [round(x, 3) for x in ratio] if ratio else None
