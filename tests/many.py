@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -41,12 +42,18 @@ def run(size: int, function: Callable[..., Any], *args: Any, **options: Any) -> 
         options: of `ld.parallel`.
     """
     processes, results = start(size, function, *args, **options)
-    found = dict(results.get() for _ in processes)
+    found: dict[int, Any] = {}
+    while len(found) < size and (any(process.is_alive() for process in processes) or not results.empty()):
+        if results.empty():
+            time.sleep(0.02)
+            continue
+        rank, result = results.get()
+        found[rank] = result
     for process in processes:
         process.join(60)
-        assert process.exitcode == 0, found
     failed = [result for result in found.values() if isinstance(result, Failure)]
     assert not failed, failed[0].text
+    assert [process.exitcode for process in processes] == [0] * size
     return [found[rank] for rank in range(size)]
 
 

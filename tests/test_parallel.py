@@ -16,6 +16,7 @@ from transformers.utils import logging
 import lookahead_decoding as ld
 import many
 from conftest import ARCHITECTURES, FREE
+from lookahead_decoding.probe import probe
 from lookahead_decoding.ranks import Ranks
 
 PROMPT = [5, 6, 7, 8, 9, 5, 6]
@@ -200,6 +201,7 @@ def test_ranks_emit_the_tokens_of_generate(size: int, exchange: str, alone: dict
 def noisy(ranks: Ranks) -> tuple[Any, Any]:
     """Each rank's logits are a little other ones, as if rounding were coarse: their walks go apart again and again."""
     model = small()
+    probe(model)
     noise = torch.Generator().manual_seed(ranks.rank)
     model.lm_head.register_forward_hook(
         lambda module, inputs, logits: logits + 0.5 * torch.randn(logits.shape, generator=noise)

@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -34,7 +34,7 @@ SUSPICION = 3.0
 GRACE = 2.0
 """Seconds for a rank to come to the same end by itself, where another one has left; twice that where it has failed."""
 
-RUNNING, DONE, FAILED, ENDED = "running", "done", "failed", "ended"
+RUNNING, DONE, GONE, FAILED, ENDED = "running", "done", "gone", "failed", "ended"
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class Sign:
 
     Attributes:
         beat: grows as long as its process runs.
-        state: "running"; "done" or "failed" where it left what is watched; "ended" where it was made to.
+        state: "running"; "done" where it waits for the others to leave with them, "gone" where it has; "failed";
+            "ended" where it was made to end.
         collectives: that it has come to.
         host, process: where it is.
         problem: why it failed.
@@ -93,7 +94,7 @@ def fault_of(
             what = f"died or was stopped: no sign of life for {silent[other]:.0f} s"
             return Fault((other,), f"rank {other} ({sign.place}) {what}")
     behind = {other: sign for other, sign in others.items() if sign.collectives < signs[rank].collectives}
-    left = [other for other, sign in behind.items() if sign.state == DONE]
+    left = [other for other, sign in behind.items() if sign.state in (DONE, GONE)]
     if left and waits > GRACE:
         return Fault(tuple(left), f"rank {left[0]} has left where rank {rank} waits for it: {ALIKE}")
     if behind and waits > patience:
@@ -162,14 +163,17 @@ class Watch:
             self._suspicious_since = time.monotonic()
             self._over.wait(SUSPICION + GRACE)
         self._state = DONE if error is None else FAILED
-        end = time.monotonic() + self._patience
-        while error is None and self._others_run() and time.monotonic() < end:
-            time.sleep(BEAT / 10)
+        if error is None:
+            self._wait_for_others((DONE, GONE, FAILED, ENDED), self._patience)
+            if self._rank == 0:  # the store may be this process's, and the others have to see that all are done
+                self._wait_for_others((GONE, FAILED, ENDED), GRACE)
         self._over.set()
         self._thread.join()
+        self._state = GONE if error is None else FAILED
         problem = "" if error is None else (str(error).strip().splitlines() or [type(error).__name__])[0]
-        with suppress(Exception):  # the store may have gone with its owner
-            self._leave(problem)
+        if not self._blind:
+            with suppress(Exception):
+                self._leave(problem)
         if error is not None and self._rank:
             time.sleep(GRACE / 2)  # the first rank speaks to the user; whoever ends first has all others ended
 
@@ -214,8 +218,13 @@ class Watch:
             if heard and self._passed_on >= 0:
                 os.write(self._passed_on, heard)
 
-    def _others_run(self) -> bool:
-        return any(sign.state == RUNNING for rank, sign in self._signs.items() if rank != self._rank)
+    def _wait_for_others(self, states: Collection[str], seconds: float) -> None:
+        """Until all of them are in one of some states, or the store has gone with its owner."""
+        end = time.monotonic() + seconds
+        while not self._blind and time.monotonic() < end:
+            if all(sign.state in states for rank, sign in self._signs.items() if rank != self._rank):
+                return
+            time.sleep(BEAT / 10)
 
     def _run(self) -> None:
         while not self._over.wait(BEAT if self._state == RUNNING else BEAT / 10):
@@ -230,6 +239,8 @@ class Watch:
     def _judge(self, now: float) -> None:
         self._hear(now)
         suspicious = self._blind or (self._suspicious_since or self._told_since) is not None
+        if self._blind and self._state == DONE:
+            return
         fault = fault_of(
             self._rank,
             self._signs,
