@@ -188,7 +188,8 @@ def parallel(
 
     Every rank runs the same program: it makes the same calls with the same arguments. Inside the block no rank is
     waited for in vain. One that dies or raises an error ends all others within 10 seconds, one that is stopped within
-    25, and one that others wait for within `patience`, each with a line on stderr that names it and exit code 1.
+    25, and one that others wait for within `patience`: with exit code 1 and, on each machine, one line on stderr that
+    names it. SIGTERM is held back for up to 4 seconds, in case another rank is the reason.
 
     Args:
         tensor_parallel: ranks that hold one copy of the model together; they follow each other. 1 is lookahead
