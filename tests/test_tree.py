@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, pairwise
 
 import pytest
 from hypothesis import given
@@ -178,7 +178,7 @@ def test_no_other_runs_have_a_smaller_largest_shard(candidates: list[list[int]],
 
     def largest(cuts: tuple[int, ...]) -> int:
         ends = [0, *cuts, len(order)]
-        return max(rows(order[a:b]) + more for a, b, more in zip(ends, ends[1:], burdens, strict=True))
+        return max(rows(order[a:b]) + more for (a, b), more in zip(pairwise(ends), burdens, strict=True))
 
     cuts = combinations_with_replacement(range(len(order) + 1), len(burdens) - 1)
     found = max(len(part.nodes) + more for part, more in zip(tree.shards(burdens), burdens, strict=True))
