@@ -161,6 +161,7 @@ class Watch:
         """This rank leaves, in order or with an error; in order, once all others have come to that as well."""
         if isinstance(error, dist.DistError) or "gloo" in str(error):  # a connection broke: the thread finds out whose
             self._suspicious_since = time.monotonic()
+            self._waits_since = time.monotonic() - 2 * GRACE  # it did, when that happened
             self._over.wait(SUSPICION + GRACE)
         self._state = DONE if error is None else FAILED
         if error is None:
@@ -281,4 +282,6 @@ class Watch:
         self._state = ENDED
         with suppress(Exception):
             self._leave("" if fault is not None else TOLD)
+        if self._rank == 0:  # the store may be this process's: the others read in it why they end, too
+            time.sleep(2 * BEAT)
         os._exit(1 if fault is not None else 128 + signal.SIGTERM)
