@@ -552,7 +552,7 @@ def _agree(
     criteria: StoppingCriteriaList,
     config: GenerationConfig,
 ) -> None:
-    """See that all ranks were asked the same, and that each can take what another one has chosen."""
+    """See that all ranks were asked the same, and give them the first one's random state."""
     ranks.agree(
         {
             "prompt": f"{len(ids)} x {ids.shape[1]} tokens, checksum {zlib.crc32(str(ids.tolist()).encode()):08x}",

@@ -100,7 +100,6 @@ class ShardedTarget(Target):
         self._digest = 0
         self._times = StepTimes()
         self._in_seconds = False
-        self._link: tuple[float, float] | None = None
         self._stats: Stats | None = None
         self._evaluated = 0.0  # when the last forward ended
         self._accounted = 0.0  # of this rank's time in steps
@@ -272,11 +271,9 @@ class ShardedTarget(Target):
             return True
         if not self._in_seconds:
             return False
-        if self._link is None:
-            self._link = self._measured_link()
         rows = max(len(tree) for tree in self._division.trees if tree is not None)
         price = self._times(rows + self.ranks.shards * max(lags)) - self._times(rows)
-        each, more = self._link
+        each, more = self._measured_link()
         return each + more * sum(lags) < price
 
     def _measured_link(self) -> tuple[float, float]:
