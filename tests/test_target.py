@@ -107,7 +107,9 @@ def made(name: str, **settings: object) -> torch.nn.Module:
 def test_a_model_without_a_cache_of_text_is_refused_by_name() -> None:
     model = made("mamba", vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4)
     for _ in range(2):  # the second time from memory
-        with pytest.raises(ValueError, match="'mamba' cannot check candidates: its forward takes no past_key_values"):
+        with pytest.raises(
+            ValueError, match="'mamba' cannot check candidates: its forward takes no cache of keys and values"
+        ):
             Target(model, capacity=40)
 
 

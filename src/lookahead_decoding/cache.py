@@ -258,6 +258,7 @@ class TreeCache(Cache):  # type: ignore[misc]
         capacity: slots per sequence: its final length plus one tree.
         room: rows of the largest tree, for layers with a window.
         copies: keep transformers' own layers, as if all were recurrent.
+        name: by which the model's forward takes it, if it is to go into one.
 
     Attributes:
         lengths: committed tokens of each sequence.
@@ -265,7 +266,16 @@ class TreeCache(Cache):  # type: ignore[misc]
         stateful: layers whose state cannot be cut back.
     """
 
-    def __init__(self, config: Any, batch: int, capacity: int, room: int = ROOM, copies: bool = False) -> None:
+    def __init__(
+        self,
+        config: Any,
+        batch: int,
+        capacity: int,
+        room: int = ROOM,
+        copies: bool = False,
+        name: str | None = None,
+    ) -> None:
+        self.name = name
         self.lengths = [0] * batch
         self.capacity = capacity
         self.room = room

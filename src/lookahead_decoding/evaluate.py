@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import sdpa_mask
 
@@ -57,6 +57,28 @@ def parameters_of(model: PreTrainedModel) -> Collection[str]:
     return inspect.signature(model.forward).parameters.keys()
 
 
+CACHE_NAMES = ("cache", "past_key_values")
+"""What transformers calls a cache: the first since 5.24, which takes the second with a warning, the second before."""
+
+
+def cache_name(function: Callable[..., Any]) -> str | None:
+    """The name by which a model's function takes its cache; None where it takes none."""
+    return next((name for name in CACHE_NAMES if name in inspect.signature(function).parameters), None)
+
+
+def cache_in(named: Any) -> Any:
+    """The cache among a function's arguments (a mapping), or in what a model returned; None if there is none."""
+    return next((named[name] for name in CACHE_NAMES if name in named), None)
+
+
+def prepared(model: PreTrainedModel, ids: torch.Tensor, cache: Any, **inputs: Any) -> dict[str, Any]:
+    """What the model's own preparation for a step of `generate` makes of its inputs, (batch, rows) ids among them."""
+    prepare = model.prepare_inputs_for_generation
+    name = cache_name(prepare) or cache_name(GenerationMixin.prepare_inputs_for_generation)
+    found: dict[str, Any] = prepare(ids, use_cache=True, **{str(name): cache}, **inputs)
+    return found
+
+
 def unwrapped(model: Any) -> PreTrainedModel:
     """The transformers model inside what PEFT or torch.compile made of it.
 
@@ -95,14 +117,8 @@ def first_position(model: PreTrainedModel) -> int:
     if "position_ids" not in parameters_of(model):
         return 0
     zero = torch.zeros(1, 1, dtype=torch.long, device=device_of(model))
-    inputs = model.prepare_inputs_for_generation(
-        zero,
-        past_key_values=DynamicCache(config=text_config(model)),
-        attention_mask=zero + 1,
-        position_ids=zero,
-        use_cache=True,
-        is_first_iteration=True,
-    )
+    cache = DynamicCache(config=text_config(model))
+    inputs = prepared(model, zero, cache, attention_mask=zero + 1, position_ids=zero, is_first_iteration=True)
     positions = inputs.get("position_ids")
     return 0 if positions is None else int(positions.max())
 
@@ -139,13 +155,14 @@ def evaluate(
         slots.index = index
     for slots in cache.all_slots:
         slots.causal = not masks
-    options: dict[str, Any] = {} if keep is None else {"logits_to_keep": keep}
+    options: dict[str, Any] = {str(cache.name): cache}
+    if keep is not None:
+        options["logits_to_keep"] = keep
     if positions is not None:
         options["position_ids"] = positions
     logits: torch.Tensor = model(
         input_ids=ids,
         attention_mask=masks if len(masks) > 1 else next(iter(masks.values()), None),
-        past_key_values=cache,
         use_cache=True,
         return_dict=True,
         **options,

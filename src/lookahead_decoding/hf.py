@@ -38,7 +38,7 @@ from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREF
 from .choose import Sampler
 from .config import LookaheadConfig
 from .decode import Request, decode
-from .evaluate import text_config, unwrapped
+from .evaluate import CACHE_NAMES, cache_in, cache_name, text_config, unwrapped
 from .following import refuse_what_cannot_follow, state_of
 from .lookahead import Choice, max_rows
 from .parallel import ShardedTarget
@@ -108,7 +108,7 @@ GENERATE_PARAMETERS: dict[str, str] = {
     "negative_prompt_attention_mask": "guidance is not supported: leave negative_prompt_attention_mask out",
 }
 # What the loop takes of a model's own inputs.
-_MODEL_INPUTS = frozenset({"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"})
+_MODEL_INPUTS = frozenset({"attention_mask", "position_ids", *CACHE_NAMES, "use_cache", "logits_to_keep"})
 # What belongs to the prompt alone: images, sounds and where they stand.
 _PROMPT_INPUTS = frozenset(MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL) | {
     *"image_position_ids video_position_ids num_frames_per_video batch_num_images vision_aspect_ratio".split(),
@@ -257,7 +257,7 @@ class LookaheadDecoding:
             stops = StopStringCriteria(self.tokenizer, self.stop_strings)
             stopping_criteria = StoppingCriteriaList([*stopping_criteria, stops])
         # The caller's cache or, since not every version of transformers marks it, the empty one that `generate` made.
-        past = model_kwargs.get("past_key_values")
+        past = cache_in(model_kwargs)
         if generation_config.cache_implementation is not None or past is None:
             past = DynamicCache(config=text_config(model))
         rows, usual = _layout(input_ids, model_kwargs, past, generation_config)
@@ -332,7 +332,7 @@ class Run:
             sequences=sequences,
             scores=_stack([s.scores for s in samplers]) if config.output_scores else None,
             logits=_stack([s.logits for s in samplers]) if config.output_logits else None,
-            past_key_values=self.past,
+            **{str(cache_name(GenerateDecoderOnlyOutput)): self.past},
         )
 
 
@@ -410,7 +410,7 @@ def call_generate(model: PreTrainedModel, decoding: LookaheadDecoding, loop: Any
     config = kwargs.get("generation_config")
     if config is not None and not isinstance(config, GenerationConfig):
         raise TypeError(f"generation_config must be a GenerationConfig, got {type(config).__name__}")
-    past = kwargs.get("past_key_values")
+    past = cache_in(kwargs)
     if past is not None and type(past) is not DynamicCache:
         raise ValueError(f"past_key_values must be a DynamicCache, got {type(past).__name__}")
     stops = kwargs.pop("stop_strings", None)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from .cache import TreeCache
 from .choose import StepLogits
-from .evaluate import OURS, device_of, parameters_of, text_config
+from .evaluate import OURS, cache_name, device_of, parameters_of, text_config
 from .memory import memory_of
 from .rows import Lockstep, RowSteps
 from .tree import TokenTree, build_tree
@@ -91,10 +91,8 @@ def probe(model: PreTrainedModel) -> Strategy:
     if model.config.is_encoder_decoder:
         raise ValueError(_refusal(model, "it is an encoder-decoder"))
     known = memory_of(model).probed
-    if "past_key_values" not in parameters_of(model):
-        raise ValueError(
-            _refusal(model, "its forward takes no past_key_values, so that there is no cache to keep text in")
-        )
+    if cache_name(model.forward) is None:
+        raise ValueError(_refusal(model, "its forward takes no cache of keys and values, to keep the text in"))
     key = (own, model.dtype, device_of(model))
     if key not in known:
         known[key] = found = _search(model)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .evaluate import text_config
+from .evaluate import cache_in, prepared, text_config
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,6 @@ def _fed_at(model: PreTrainedModel, position: int) -> int | None:
 
     It says so where `generate` asks for its inputs.
     """
-    inputs = model.prepare_inputs_for_generation(
-        torch.zeros(1, position + 1, dtype=torch.long),
-        past_key_values=_Full(position),
-        attention_mask=None,
-        next_sequence_length=1,
-        use_cache=True,
-    )
-    return None if inputs.get("past_key_values") is not None else int(inputs["input_ids"].shape[1])
+    ids = torch.zeros(1, position + 1, dtype=torch.long)
+    inputs = prepared(model, ids, _Full(position), attention_mask=None, next_sequence_length=1)
+    return None if cache_in(inputs) is not None else int(inputs["input_ids"].shape[1])

@@ -25,7 +25,17 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from .cache import TreeCache
 from .choose import StepLogits
-from .evaluate import as_written, device_of, evaluate, first_position, parameters_of, text_config
+from .evaluate import (
+    as_written,
+    cache_in,
+    cache_name,
+    device_of,
+    evaluate,
+    first_position,
+    parameters_of,
+    prepared,
+    text_config,
+)
 from .tree import TokenTree
 from .trees import PREFILL_CHUNK, packed_weights
 
@@ -67,7 +77,7 @@ class RowSteps:
         self._weights = packed_weights(model) if compile == "packed" else nullcontext()
         self.config = text_config(model)
         self.attention = self.config._attn_implementation
-        self.cache = TreeCache(self.config, paths, capacity, room + refed, copies)
+        self.cache = TreeCache(self.config, paths, capacity, room + refed, copies, cache_name(model.forward))
         self.refeeds = self.fed_again = 0
         self._refed = refed
         self._capacity = capacity
@@ -262,19 +272,19 @@ class Lockstep:
         slots = (self._mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         positions = slots + torch.from_numpy(self.shifts)[..., None]
         takes_positions = "position_ids" in parameters_of(self.model)
-        prepared = self.model.prepare_inputs_for_generation(
+        ready = prepared(
+            self.model,
             ids.to(device),
-            past_key_values=self.cache,
+            self.cache,
             attention_mask=self._mask.to(device),
-            use_cache=True,
             is_first_iteration=first,
             **({"position_ids": positions.to(device)} if takes_positions else {}) | dict(inputs),
         )
         if takes_positions:
-            self.seen = (prepared["position_ids"][..., -1].cpu() - slots[:, -1]).numpy()
+            self.seen = (ready["position_ids"][..., -1].cpu() - slots[:, -1]).numpy()
         if "position_ids" in inputs:
             self.shifts = (inputs["position_ids"][..., -1].cpu() - slots[:, -1]).numpy()
         with as_written(self.model):
-            output = self.model(**prepared, return_dict=True)
-        self.cache = getattr(output, "past_key_values", None) or self.cache
+            output = self.model(**ready, return_dict=True)
+        self.cache = cache_in(output) or self.cache
         return StepLogits(output.logits[:, -1:], (0,))  # (batch, 1, vocab)

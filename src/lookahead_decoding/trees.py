@@ -23,6 +23,7 @@ from .evaluate import (
     Masks,
     as_written,
     attention_in_force,
+    cache_name,
     device_of,
     evaluate,
     first_position,
@@ -85,7 +86,7 @@ class TreeSteps:
         self._compiled: Compiled | None = None
         self._weights: AbstractContextManager[None] = packed_weights(model) if compile == "packed" else nullcontext()
         if compile in ("off", "packed") or (compile == "full" and device_of(model).type != "cuda"):
-            self.cache = TreeCache(self.config, batch, capacity, room)
+            self.cache = TreeCache(self.config, batch, capacity, room, name=cache_name(model.forward))
             if compile == "full":
                 self._compiled = _compiled(model)
         else:  # what was captured for an earlier request serves this one as well
@@ -277,7 +278,8 @@ def room_for(model: PreTrainedModel, capacity: int, batch: int, compile: str, ro
             found: Room = room
             return found
     free[:] = [room for room in free if room.kind[:2] != kind[:2]]
-    cache = TreeCache(text_config(model), batch, -(-capacity // ROUND) * ROUND, padded(rows))
+    slots, name = -(-capacity // ROUND) * ROUND, cache_name(model.forward)
+    cache = TreeCache(text_config(model), batch, slots, padded(rows), name=name)
     kinds = list(cache.kinds)
     windows = [span.window for span in cache.kinds.values()]
 
