@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 import lookahead_decoding as ld
 import many
 from lookahead_decoding import cli
-from lookahead_decoding.bench.methods import METHODS, Job, Replay, make, measure, warm_up
+from lookahead_decoding.bench import METHODS
+from lookahead_decoding.bench.methods import Job, Replay, make, measure, warm_up
 from lookahead_decoding.bench.result import About, Result, Row, distinct_share
 from lookahead_decoding.bench.step import Limits, cache_bytes, commit_times, limits, step_times, tree_of
 from test_exactness import prompt_of

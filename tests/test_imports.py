@@ -19,6 +19,7 @@ LAYERS = [
         "grow",
         "lookahead",
         "division",
+        "torchrun",
         "budget",
         "stats",
     },
@@ -27,7 +28,7 @@ LAYERS = [
         "kernels",
         "graphs",
         "packed",
-        "choose",
+        "sampler",
         "files",
         "profile",
         "shared_file",
@@ -35,8 +36,8 @@ LAYERS = [
         "watch",
         "ranks",
     },
-    {"cache", "evaluate", "memory", "rope", "trees", "rows", "probe", "target", "parallel", "tensor_parallel"},
-    {"decode", "hf", "text", "exactness"},
+    {"cache", "evaluate", "memory", "rope", "trees", "rows", "probe", "target", "sharded", "tensor_parallel"},
+    {"decoding", "hf", "text", "exactness"},
     {"cli", "cli_common"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -71,5 +72,5 @@ def test_the_pure_part_needs_the_standard_library_alone() -> None:
 
 
 def test_transformers_internals_stay_in_the_target_and_its_cache() -> None:
-    for name in ("attention", "choose", "decode"):
+    for name in ("attention", "sampler", "decode"):
         assert "transformers" not in imports(FOLDER / f"{name}.py")

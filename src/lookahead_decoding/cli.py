@@ -11,20 +11,12 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
-from rich.console import Console
-from rich.progress import Progress, track
-from rich.table import Table
-from rich.text import Text
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from . import __version__
 from .bench.command import bench
-from .bench.methods import of_steps
 from .bench.tune_command import doctor, tune
 from .cli_common import (
     DTYPES,
@@ -39,13 +31,16 @@ from .cli_common import (
     shared_text,
     with_ranks,
 )
-from .config import MAX_ROWS, PLAIN, SOURCES, LookaheadConfig
-from .exactness import compare
-from .hf import LookaheadDecoding, Run, call_generate, context_of
-from .ranks import Ranks, speaks, started
-from .shared import Namespace
-from .text import Detokenizer, decode_text, stream
-from .trees import COMPILE
+from .config import COMPILE, MAX_ROWS, PLAIN, SOURCES, LookaheadConfig
+from .torchrun import speaks, started
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .hf import LookaheadDecoding, Run
+    from .ranks import Ranks
+    from .shared import Namespace
 
 DEMO_PROMPTS = (
     'def has_close_elements(numbers, threshold):\n    """Check if any two numbers are closer than the threshold."""\n',
@@ -95,6 +90,12 @@ def answer(
     on_step: Callable[[tuple[int, ...]], None] = lambda tokens: None,
 ) -> list[Answer]:
     """Generate for a batch of prompts, counting each one's own steps."""
+    import torch
+
+    from .bench.methods import of_steps
+    from .hf import call_generate
+    from .text import decode_text
+
     longest = max(map(len, prompts))
     fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     ids = torch.tensor([[*[fill] * (longest - len(p)), *p] for p in prompts], device=model.device)
@@ -227,8 +228,6 @@ def cli(command: click.Context) -> None:
 
     MODEL is 'pocket' (a small model that ships with the package), a local folder, or a hub id.
     """
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     if started() and command.invoked_subcommand not in WITH_RANKS:
         raise Problem(f"{command.invoked_subcommand} is for one process: start it without torchrun")
 
@@ -273,6 +272,11 @@ def generate(
 
     Started with torchrun, all ranks share every step, and the first one prints.
     """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from .hf import LookaheadDecoding
+
     if plain and config != LookaheadConfig():
         raise Problem("--plain guesses nothing: leave out what is set for lookahead decoding")
     config = PLAIN if plain else config
@@ -331,6 +335,8 @@ class _Printer:
     """Shows one answer while it comes."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, enabled: bool) -> None:
+        from .text import Detokenizer
+
         self.enabled = enabled
         self._detokenizer = Detokenizer(tokenizer)
 
@@ -369,6 +375,9 @@ def chat(
 
     Uses the tokenizer's chat template; without one, the model continues the text so far.
     """
+    from .hf import context_of
+    from .text import stream
+
     target, tokenizer = load(model, dtype, device, trust_remote_code)
     messages: list[dict[str, str]] = []
     plain_text = ""
@@ -443,6 +452,13 @@ def verify(
     Prints how many outputs are identical to `model.generate`, and each first divergence with its margin. Exit code 1
     where one is a bug by the contract in docs/exactness.md.
     """
+    import torch
+    from rich.console import Console
+    from rich.progress import track
+
+    from .exactness import compare
+    from .hf import LookaheadDecoding
+
     texts = read_prompts(prompts, field, limit)
     target, tokenizer = load(model, dtype, device, trust_remote_code, ranks)
     encoded = [encode(target, tokenizer, text, f"prompt {i}") for i, text in enumerate(texts, 1)]
@@ -475,6 +491,11 @@ def demo(max_new_tokens: int, config: LookaheadConfig, compile: str) -> None:
 
     Exit code 1 if the two texts differ.
     """
+    from rich.console import Console
+    from rich.table import Table
+
+    from .hf import LookaheadDecoding
+
     model, tokenizer = load("pocket", "float32", "cpu", False)
     console = Console(highlight=False)
     console.print("Each colour is one step: one forward of the model. Plain decoding gives one token per step.\n")
@@ -516,6 +537,8 @@ class _Painter:
     """Shows an answer while it comes, one colour per step; its own time is counted apart."""
 
     def __init__(self, console: Console, tokenizer: PreTrainedTokenizerBase, title: str) -> None:
+        from .text import Detokenizer
+
         self._console = console
         self._detokenizer = Detokenizer(tokenizer)
         self._title = title
@@ -523,10 +546,14 @@ class _Painter:
         self.seconds = 0.0
 
     def begin(self, prompt: str) -> None:
+        from rich.text import Text
+
         self._console.print(Text(f"── {self._title} ", style="bold"))
         self._console.print(Text(prompt, style="dim"), end="", soft_wrap=True)
 
     def step(self, tokens: tuple[int, ...]) -> None:
+        from rich.text import Text
+
         start = perf_counter()
         text = Text(self._detokenizer.add(tokens), style=STEP_COLOURS[self._count % len(STEP_COLOURS)])
         self._console.print(text, end="", soft_wrap=True)
@@ -534,6 +561,8 @@ class _Painter:
         self.seconds += perf_counter() - start
 
     def end(self) -> None:
+        from rich.text import Text
+
         self._console.print(Text(self._detokenizer.add((), last=True)))
         self._console.print()
 

@@ -8,20 +8,19 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import pocket_path
 from .config import SOURCES, LookaheadConfig
-from .hf import context_of
-from .probe import probe
-from .ranks import PATIENCE, START, Ranks, parallel, speaks, started
-from .shared import Namespace, SharedPool
-from .shared_file import load_pool, save_pool
-from .tensor_parallel import divide
+from .torchrun import PATIENCE, START, speaks, started
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .ranks import Ranks
+    from .shared import Namespace
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
@@ -34,7 +33,6 @@ class Problem(click.ClickException):
 
 def with_ranks(command: Callable[..., None]) -> Callable[..., None]:
     """Let torchrun start a command: it gets the ranks as `ranks`, None without torchrun, and the first one prints."""
-
     @functools.wraps(command)
     def joined(tensor_parallel: int, patience: float, device: str | None, **rest: Any) -> None:
         if not started():
@@ -42,6 +40,8 @@ def with_ranks(command: Callable[..., None]) -> Callable[..., None]:
                 raise Problem(f"--tensor-parallel divides a model over ranks: {START}")
             command(device=device, ranks=None, **rest)
             return
+        from .ranks import parallel
+
         try:
             with parallel(tensor_parallel=tensor_parallel, device=device, patience=patience) as ranks, _speaking(ranks):
                 command(device=device, ranks=ranks, **rest)
@@ -83,6 +83,12 @@ def load(
     name: str, dtype: str, device: str | None, trust: bool, ranks: Ranks | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer by 'pocket', a folder, or a hub id; the part of one rank where ranks divide it."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .probe import probe
+    from .tensor_parallel import divide
+
     path = pocket_path() if name == "pocket" else name
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
     if looks_local and not Path(path).expanduser().is_dir():
@@ -143,6 +149,8 @@ def read_prompts(path: Path, field: str, limit: int | None = None) -> list[str]:
 
 def encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, which: str) -> list[int]:
     """Token ids of a prompt that fits the model's context."""
+    from .hf import context_of
+
     ids: list[int] = tokenizer(prompt).input_ids
     if not ids:
         raise Problem(f"{which} is empty: give at least one token")
@@ -154,6 +162,8 @@ def encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: s
 
 def room(model: PreTrainedModel, prompt: Sequence[int], max_new_tokens: int) -> int:
     """New tokens that the context leaves room for."""
+    from .hf import context_of
+
     context = context_of(model)
     return max_new_tokens if context is None else min(max_new_tokens, context - len(prompt))
 
@@ -187,6 +197,9 @@ def config_of(
 @contextmanager
 def shared_text(path: Path | None, name: str | None) -> Iterator[Namespace | None]:
     """A namespace of the shared pool in a file, which is written at the end, with what was finished until then."""
+    from .shared import SharedPool
+    from .shared_file import load_pool, save_pool
+
     if path is None:
         if name is not None:
             raise Problem("--namespace is a part of a --shared-pool: give that as well")

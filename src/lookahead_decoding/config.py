@@ -9,6 +9,9 @@ from typing import Any, NoReturn
 
 SOURCES = ("window", "prompt", "output", "recycled", "shared")
 
+COMPILE = ("auto", "off", "packed", "graphs", "full")
+"""How a step may run (see `Target`)."""
+
 MAX_ROWS = 64
 """Rows of a step at most, where the caller says nothing; a window of a fixed size comes on top."""
 

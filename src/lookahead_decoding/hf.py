@@ -35,16 +35,16 @@ from transformers.generation.logits_process import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
-from .choose import Sampler
 from .config import LookaheadConfig
-from .decode import Request, decode
+from .decoding import Request, decode
 from .evaluate import CACHE_NAMES, cache_in, cache_name, text_config, unwrapped
 from .following import refuse_what_cannot_follow, state_of
 from .lookahead import Choice, max_rows
-from .parallel import ShardedTarget
 from .probe import probe
 from .ranks import Ranks
 from .rope import switch_of
+from .sampler import Sampler
+from .sharded import ShardedTarget
 from .shared import Namespace
 from .sources import Propose
 from .stats import Stats

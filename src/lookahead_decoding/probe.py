@@ -14,10 +14,10 @@ import torch
 from transformers import PreTrainedModel
 
 from .cache import TreeCache
-from .choose import StepLogits
 from .evaluate import OURS, cache_name, device_of, parameters_of, text_config
 from .memory import memory_of
 from .rows import Lockstep, RowSteps
+from .sampler import StepLogits
 from .tree import TokenTree, build_tree
 from .trees import TreeSteps
 

@@ -16,20 +16,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from .torchrun import PATIENCE, START, VARIABLES
 from .watch import Watch
-
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun says to the processes it starts."""
-
-PATIENCE = 600.0
-"""Seconds that a rank waits for another one which is alive, such as one whose prompt takes longer."""
 
 TEXT = 4096
 """Bytes of a text that ranks show each other."""
 
 EXCHANGES = ("auto", "refeed", "send")
-
-START = "start the program with torchrun --nproc-per-node RANKS"
 
 
 @dataclass(frozen=True)
@@ -161,19 +154,9 @@ def _shortened(text: str) -> str:
     return text if len(text) <= room else f"{text[:room]}... ({zlib.crc32(text.encode()):08x})"
 
 
-def started() -> bool:
-    """Whether this process is one of several that torchrun started, or the only one."""
-    return all(name in os.environ for name in VARIABLES)
-
-
 def _destroy() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def speaks() -> bool:
-    """Whether this process is the one that speaks to the user."""
-    return not started() or os.environ["RANK"] == "0"
 
 
 @contextmanager

@@ -24,7 +24,6 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from .cache import TreeCache
-from .choose import StepLogits
 from .evaluate import (
     as_written,
     cache_in,
@@ -36,6 +35,7 @@ from .evaluate import (
     prepared,
     text_config,
 )
+from .sampler import StepLogits
 from .tree import TokenTree
 from .trees import PREFILL_CHUNK, packed_weights
 

@@ -14,16 +14,16 @@ from transformers.cache_utils import Cache
 from . import profile
 from .budget import StepTimes
 from .cache import ROOM
-from .choose import StepLogits
-from .config import LookaheadConfig
+from .config import COMPILE, LookaheadConfig
 from .evaluate import device_of, text_config, unwrapped
 from .memory import memory_of
 from .probe import Steps, Strategy, probe
 from .rope import switch_of
 from .rows import Lockstep, RowSteps
+from .sampler import StepLogits
 from .stats import Stats
 from .tree import TokenTree
-from .trees import COMPILE, TreeSteps, best_way, not_ready
+from .trees import TreeSteps, best_way, not_ready
 
 SINGLE = TokenTree((0,), (-1,))
 """The tree of a sequence's last prompt token, which prefill evaluates."""

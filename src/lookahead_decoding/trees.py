@@ -17,7 +17,6 @@ from transformers.cache_utils import Cache
 
 from .attention import LENGTH, dense_mask, encode_rows
 from .cache import Span, TreeCache
-from .choose import StepLogits
 from .evaluate import (
     OURS,
     Masks,
@@ -33,10 +32,8 @@ from .evaluate import (
 from .graphs import PACKED, Compiled, StepGraphs, padded, vary
 from .memory import memory_of
 from .packed import PackedLinears, copied_bytes, version_of, why_not
+from .sampler import StepLogits
 from .tree import TokenTree
-
-COMPILE = ("auto", "off", "packed", "graphs", "full")
-"""How a step may run (see `Target`)."""
 
 PREFILL_CHUNK = 2048
 """Tokens of a prompt in one forward."""
@@ -56,7 +53,7 @@ class TreeSteps:
 
     Args:
         attention: that the model uses in a step, by its name in transformers' registry.
-        compile: how a step runs, one of `COMPILE` but "auto".
+        compile: how a step runs, one of `config.COMPILE` but "auto".
         room: rows of the largest tree.
         cached_heads: our attention meets as many key heads as are cached; otherwise as the configuration says.
 

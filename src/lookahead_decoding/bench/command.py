@@ -6,25 +6,22 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
-from rich.console import Console
-from rich.table import Table
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cli_common import DTYPES, Problem, config_of, encode, first_line, load, read_prompts, room, sampling, with_ranks
-from ..config import LookaheadConfig
-from ..hf import LookaheadDecoding, generate
-from ..profile import device_name
-from ..ranks import Ranks, speaks, started
+from ..config import COMPILE, LookaheadConfig
 from ..stats import Stats
-from ..target import Target
-from ..trees import COMPILE
-from .methods import METHODS, Job, make, measure, warm_up
-from .result import SHORT, About, Result
-from .step import cache_bytes, commit_times, limits, outside_share, step_times
+from ..torchrun import speaks, started
+from . import METHODS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..hf import LookaheadDecoding
+    from ..ranks import Ranks
+    from .result import Result
 
 
 class _Default(click.Group):
@@ -108,6 +105,13 @@ def run(
     Started with torchrun, the method "parallel" shares every step among all ranks; the others run on the first rank
     while the rest wait.
     """
+    import torch
+    from rich.console import Console
+
+    from ..profile import device_name
+    from .methods import Job, make, measure, warm_up
+    from .result import About, Result
+
     if plot is not None:
         _need_matplotlib()
     if replay is not None and (temperature or batch_size > 1):
@@ -216,6 +220,11 @@ def _need_matplotlib() -> None:
 
 
 def _show(result: Result) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from .result import SHORT
+
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
     counted = "batches" if any(row.sequences > 1 for row in result.rows) else "prompts"
     table = Table(
@@ -297,6 +306,15 @@ def step(
     trust_remote_code: bool,
 ) -> None:
     """t(n): the time of a step by its rows, ours and through the model's own attention with a mask."""
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..hf import LookaheadDecoding
+    from ..profile import device_name
+    from ..target import Target
+    from .step import cache_bytes, commit_times, limits, outside_share, step_times
+
     if started():
         raise Problem("bench step is for one process: start it without torchrun")
     settings = _config(config, sources)
@@ -360,6 +378,10 @@ def step(
 
 def _stats(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: LookaheadDecoding) -> Stats:
     """Counts and times of a hundred tokens, warmed up."""
+    import torch
+
+    from ..hf import generate
+
     ids = torch.tensor([tokenizer("def fibonacci(n):\n").input_ids], device=model.device)
     for _ in range(2):
         generate(model, ids, max_new_tokens=100, do_sample=False, eos_token_id=None, lookahead=decoding)

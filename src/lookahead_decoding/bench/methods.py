@@ -12,11 +12,12 @@ from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList, Pr
 
 from ..config import PLAIN, LookaheadConfig
 from ..hf import LookaheadDecoding, generate
-from ..ranks import START, Ranks
+from ..ranks import Ranks
 from ..stats import Stats
+from ..torchrun import START
+from . import METHODS
 from .result import Row, distinct_share
 
-METHODS = ("autoregressive", "lookahead", "paper", "hf-greedy", "hf-static", "hf-prompt-lookup", "parallel")
 PLAIN_METHODS = ("autoregressive", "hf-greedy", "hf-static")
 OPTIONAL = ("hf-static", "hf-prompt-lookup")
 """Methods that do not run for every model, device or batch, and are then left out with the reason."""

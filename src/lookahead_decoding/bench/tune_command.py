@@ -7,26 +7,19 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import profile
 from ..cli_common import DTYPES, Problem, encode, first_line, load, read_prompts, room
-from ..config import MAX_ROWS, PLAIN
-from ..evaluate import OURS
-from ..packed import copied_bytes, why_not
-from ..target import Target
-from ..trees import COMPILE, kernel_found
-from .methods import of_steps
-from .result import added
-from .step import limits
-from .tune import GRID, TUNED, Trial, Tuning, forward_times, run, trials
+from ..config import COMPILE, MAX_ROWS, PLAIN
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..target import Target
+    from .tune import Trial, Tuning
 
 SAMPLES = (
     'def mean(numbers):\n    """The mean of a list of numbers."""\n',
@@ -78,6 +71,12 @@ def tune(
     Expected speedups are tokens per step at the measured times of such steps, over plain decoding of the same model in
     the same dtype; `lookahead bench` measures real ones.
     """
+    from rich.console import Console
+    from rich.table import Table
+
+    from .. import profile
+    from ..target import Target
+
     target, tokenizer = load(model, dtype, device, trust_remote_code)
     ids = _prompts(target, tokenizer, prompts, field, limit)
     length = min(room(target, p, max_new_tokens) for p in ids)
@@ -108,6 +107,9 @@ def tune(
 
 
 def _trial(trial: Trial) -> dict[str, Any]:
+    from .methods import of_steps
+    from .result import added
+
     return {
         "settings": trial.name,
         "mean_acceptance_length": round(trial.mean_acceptance_length, 3),
@@ -118,6 +120,8 @@ def _trial(trial: Trial) -> dict[str, Any]:
 
 
 def _steps_table(times: Sequence[tuple[int, float]]) -> Table:
+    from rich.table import Table
+
     table = Table("rows", *(str(n) for n, _ in times if n <= MAX_ROWS))
     shown = [t for n, t in times if n <= MAX_ROWS]
     table.add_row("step, ms", *(f"{1e3 * t:.1f}" for t in shown))
@@ -128,6 +132,11 @@ def _steps_table(times: Sequence[tuple[int, float]]) -> Table:
 def _measure(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], length: int, compile: str, grid: bool
 ) -> tuple[list[tuple[int, float]], Tuning, list[Trial]]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from .tune import GRID, TUNED, Tuning, forward_times, run, trials
+
     settings = GRID if grid else ()
     found = []
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
@@ -167,6 +176,15 @@ def doctor(
     trust_remote_code: bool,
 ) -> None:
     """Will it pay here, and if not, why: step cost, acceptance by source on a short sample, and what to change."""
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from .. import profile
+    from ..target import Target
+    from .methods import of_steps
+    from .result import added
+
     target, tokenizer = load(model, dtype, device, trust_remote_code)
     ids = _prompts(target, tokenizer, prompts, field, 3)
     length = min(room(target, p, 64) for p in ids)
@@ -222,6 +240,9 @@ def verdict(speedup: float) -> str:
 
 
 def _attention(target: Target) -> str:
+    from ..evaluate import OURS
+    from ..trees import kernel_found
+
     if target.attention != OURS:
         return f"the model's own ({target.attention})"
     if target.model.device.type == "cuda" and kernel_found():
@@ -231,6 +252,11 @@ def _attention(target: Target) -> str:
 
 def advise(model: PreTrainedModel, target: Target, times: dict[int, float], adaptive: Trial) -> list[str]:
     """What could be changed, most useful first."""
+    import torch
+
+    from ..packed import copied_bytes, why_not
+    from .step import limits
+
     advice = []
     cost = times[8] / times[1]
     if model.device.type == "cpu" and model.dtype == torch.float32 and cost > 1.3:

@@ -9,9 +9,9 @@ from time import perf_counter
 from typing import Any
 
 from .budget import Budget
-from .choose import Sampler, choose
 from .config import LookaheadConfig
 from .lookahead import Choice, Lookahead, max_rows
+from .sampler import Sampler, choose
 from .shared import Namespace
 from .sources import Propose
 from .stats import Stats

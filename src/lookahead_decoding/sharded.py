@@ -24,13 +24,13 @@ from transformers.cache_utils import Cache
 from . import profile
 from .budget import SHAPES, StepTimes
 from .cache import ROOM
-from .choose import Sampler, StepLogits
 from .config import LookaheadConfig
 from .division import Division, Header, Layout, checksum, divided, rows_of
 from .lookahead import Walk
 from .lookahead import max_rows as max_rows_of
 from .memory import memory_of
 from .ranks import Ranks
+from .sampler import Sampler, StepLogits
 from .sources import RANKS
 from .stats import Stats
 from .target import Target
