@@ -156,8 +156,7 @@ def test_demo_exits_with_1_where_the_texts_differ(capsys, monkeypatch) -> None:
 def test_chat_answers_until_the_input_ends(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lookahead_decoding", "chat", "pocket", "--max-new-tokens", "12"]
     done = subprocess.run(command, input="import os\nimport re\n\n", capture_output=True, text=True)
-    said = [line for line in done.stderr.splitlines() if not re.search("torchao|_pytree", line)]  # what torchao says
-    assert (done.returncode, said) == (0, [])
+    assert (done.returncode, done.stderr) == (0, "")  # also where torchao is installed, which has a lot to say
     assert done.stdout.strip()
 
 
@@ -165,6 +164,9 @@ def test_chat_answers_until_the_input_ends(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["generate", "/no/such/folder", "-p", "a"], "no model folder at '/no/such/folder'"),
+        (["generate", "nobody/nothing", "-p", "a"], "the hub cannot be reached"),
+        (["generate", __file__, "-p", "a"], "is a file: give the folder that it lies in"),
+        (["generate", str(Path(__file__).parent), "-p", "a"], "there is no config.json in that folder"),
         (["generate", "pocket", "-p", ""], "the prompt is empty"),
         (["generate", "pocket", "-p", "a", "-W", "0"], "window_size must be at least 1, got 0"),
         (["generate", "pocket", "-p", "a", "-N", "1"], "ngram_size must be at least 2, got 1"),
@@ -186,11 +188,31 @@ def test_chat_answers_until_the_input_ends(tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], message: str, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("lookahead_decoding.cli_common._reachable", lambda address: False)
     code, out, err = run(capsys, monkeypatch, *arguments)
     assert (code, out) == (2, "")
     assert err.startswith("lookahead: ")
     assert message in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--version",
+        "--help",
+        "generate --help",
+        "bench run --help",
+        "doctor --help",
+        "tune pocket --nonsense",
+        "nonsense",
+    ],
+)
+def test_help_and_wrong_options_do_not_wait_for_torch(arguments: str) -> None:
+    run = f"import sys; sys.argv = ['lookahead', *{arguments.split()}]\nfrom lookahead_decoding import cli\n"
+    run += "try:\n    cli.main()\nfinally:\n    print('torch' in sys.modules, 'transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["False False"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["bench"]])

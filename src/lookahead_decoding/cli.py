@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -31,7 +33,7 @@ from .cli_common import (
     shared_text,
     with_ranks,
 )
-from .config import COMPILE, MAX_ROWS, PLAIN, SOURCES, LookaheadConfig
+from .config import COMPILE, MAX_ROWS, PLAIN, SOURCES, LookaheadConfig, LookaheadWarning
 from .torchrun import speaks, started
 
 if TYPE_CHECKING:
@@ -272,11 +274,6 @@ def generate(
 
     Started with torchrun, all ranks share every step, and the first one prints.
     """
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from .hf import LookaheadDecoding
-
     if plain and config != LookaheadConfig():
         raise Problem("--plain guesses nothing: leave out what is set for lookahead decoding")
     config = PLAIN if plain else config
@@ -287,6 +284,11 @@ def generate(
         prompt = prompt if ranks is None else ranks.spoken(prompt)
     texts = read_prompts(prompts, field) if prompts else [prompt or ""]
     target, tokenizer = load(model, dtype, device, trust_remote_code, ranks)
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from .hf import LookaheadDecoding
+
     encoded = [
         encode(target, tokenizer, text, f"prompt {i}" if prompts else "the prompt") for i, text in enumerate(texts, 1)
     ]
@@ -375,10 +377,10 @@ def chat(
 
     Uses the tokenizer's chat template; without one, the model continues the text so far.
     """
+    target, tokenizer = load(model, dtype, device, trust_remote_code)
     from .hf import context_of
     from .text import stream
 
-    target, tokenizer = load(model, dtype, device, trust_remote_code)
     messages: list[dict[str, str]] = []
     plain_text = ""
     for line in _lines():
@@ -452,6 +454,8 @@ def verify(
     Prints how many outputs are identical to `model.generate`, and each first divergence with its margin. Exit code 1
     where one is a bug by the contract in docs/exactness.md.
     """
+    texts = read_prompts(prompts, field, limit)
+    target, tokenizer = load(model, dtype, device, trust_remote_code, ranks)
     import torch
     from rich.console import Console
     from rich.progress import track
@@ -459,8 +463,6 @@ def verify(
     from .exactness import compare
     from .hf import LookaheadDecoding
 
-    texts = read_prompts(prompts, field, limit)
-    target, tokenizer = load(model, dtype, device, trust_remote_code, ranks)
     encoded = [encode(target, tokenizer, text, f"prompt {i}") for i, text in enumerate(texts, 1)]
     divergences = []
     console = Console(stderr=True, quiet=not speaks())
@@ -491,12 +493,12 @@ def demo(max_new_tokens: int, config: LookaheadConfig, compile: str) -> None:
 
     Exit code 1 if the two texts differ.
     """
+    model, tokenizer = load("pocket", "float32", "cpu", False)
     from rich.console import Console
     from rich.table import Table
 
     from .hf import LookaheadDecoding
 
-    model, tokenizer = load("pocket", "float32", "cpu", False)
     console = Console(highlight=False)
     console.print("Each colour is one step: one forward of the model. Plain decoding gives one token per step.\n")
     prompts = [tokenizer(p).input_ids for p in DEMO_PROMPTS]
@@ -574,8 +576,7 @@ for command in (bench, tune, doctor):
 def main() -> None:
     """The `lookahead` command: problems in one line on stderr, exit code 2."""
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *others: _complain(str(message))
+        with _our_warnings_alone():
             cli.main(standalone_mode=False)
     except click.exceptions.Abort:
         sys.exit(130)
@@ -591,6 +592,20 @@ def main() -> None:
         place = f": {error.filename}" if error.filename else ""
         _complain(f"{error.strerror or error}{place}")
         sys.exit(1)
+
+
+@contextmanager
+def _our_warnings_alone() -> Iterator[None]:
+    """Inside, warnings of ours are one line each, and those of other packages, which a user cannot mend, are none."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("always", LookaheadWarning)
+            warnings.showwarning = lambda message, *others: _complain(str(message))
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _complain(message: str) -> None:

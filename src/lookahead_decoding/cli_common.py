@@ -33,6 +33,7 @@ class Problem(click.ClickException):
 
 def with_ranks(command: Callable[..., None]) -> Callable[..., None]:
     """Let torchrun start a command: it gets the ranks as `ranks`, None without torchrun, and the first one prints."""
+
     @functools.wraps(command)
     def joined(tensor_parallel: int, patience: float, device: str | None, **rest: Any) -> None:
         if not started():
@@ -83,16 +84,21 @@ def load(
     name: str, dtype: str, device: str | None, trust: bool, ranks: Ranks | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer by 'pocket', a folder, or a hub id; the part of one rank where ranks divide it."""
-    import torch
+    options: dict[str, Any] = {"trust_remote_code": trust}
+    if name == "pocket" or _looks_local(name):
+        path = str(_folder(name))
+    else:
+        path = name
+        options["local_files_only"] = not _hub_answers(name)
+    import torch  # after what can be told without it
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
     from .probe import probe
     from .tensor_parallel import divide
 
-    path = pocket_path() if name == "pocket" else name
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
-    if looks_local and not Path(path).expanduser().is_dir():
-        raise Problem(f"no model folder at {name!r}")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if ranks is not None:
         where = str(ranks.device)
@@ -101,8 +107,8 @@ def load(
     except (RuntimeError, AssertionError) as error:
         raise Problem(f"cannot use device {where!r}: {first_line(error)}") from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust)
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
         model = model.to(where) if ranks is None else divide(model, ranks)
     except Exception as error:  # a broken folder fails in as many ways as there are files in it
         raise Problem(f"cannot load a model from {name!r}: {first_line(error)}") from error
@@ -111,6 +117,50 @@ def load(
     except ValueError as error:
         raise Problem(str(error)) from error
     return model, tokenizer
+
+
+def _looks_local(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
+
+
+def _folder(name: str) -> Path:
+    """The folder of a model, which has a configuration and weights in it."""
+    path = Path(pocket_path() if name == "pocket" else name).expanduser()
+    if not path.is_dir():
+        what = (
+            f"{name!r} is a file: give the folder that it lies in" if path.exists() else f"no model folder at {name!r}"
+        )
+        raise Problem(what)
+    if not (path / "config.json").is_file():
+        raise Problem(f"no model in {name!r}: there is no config.json in that folder")
+    return path
+
+
+def _hub_answers(name: str) -> bool:
+    """Whether the hub can be reached; where it cannot, a model that was downloaded before will do."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if _reachable(constants.ENDPOINT):
+        return True
+    if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+        raise Problem(f"{name!r} is no folder here and was not downloaded before, and the hub cannot be reached")
+    return False
+
+
+def _reachable(address: str, seconds: float = 3.0) -> bool:
+    """Whether a server answers; a proxy is left to the library that knows how to use it."""
+    import socket
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies
+
+    parts = urlsplit(address)
+    if parts.scheme in getproxies():
+        return True
+    try:
+        with socket.create_connection((parts.hostname or "", parts.port or 443), seconds):
+            return True
+    except OSError:
+        return False
 
 
 def first_line(error: BaseException) -> str:

@@ -19,6 +19,10 @@ NGRAM_SIZE = 4
 """N of a window of which it is not given."""
 
 
+class LookaheadWarning(UserWarning):
+    """Something that makes decoding slower than it could be."""
+
+
 @dataclass(frozen=True)
 class LookaheadConfig:
     """What one step may guess and check. Nothing has to be given: what is left out adapts while decoding.

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .config import LookaheadWarning
+
 SIZES = (1, 8, 32, 64, 128, 256)
 """Rows of a step are padded to one of these, larger ones to a multiple of 256: each size costs a compilation."""
 
@@ -65,7 +67,9 @@ class Compiled:
                     return self._compiled(*args)
             except Exception as error:  # whatever a compiler fails with, the function itself may still run
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                warnings.warn(f"the step could not be compiled and runs uncompiled: {reason}", stacklevel=2)
+                warnings.warn(
+                    f"the step could not be compiled and runs uncompiled: {reason}", LookaheadWarning, stacklevel=2
+                )
                 self._compiled = None
         return self._plain(*args)
 

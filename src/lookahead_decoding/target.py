@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from . import profile
 from .budget import StepTimes
 from .cache import ROOM
-from .config import COMPILE, LookaheadConfig
+from .config import COMPILE, LookaheadConfig, LookaheadWarning
 from .evaluate import device_of, text_config, unwrapped
 from .memory import memory_of
 from .probe import Steps, Strategy, probe
@@ -69,7 +69,7 @@ class Target:
         if strategy.drawback and strategy.drawback not in told:
             told.add(strategy.drawback)
             kind = model.config.model_type
-            warnings.warn(f"{kind}: {strategy.drawback}; `lookahead doctor` says why", stacklevel=2)
+            warnings.warn(f"{kind}: {strategy.drawback}; `lookahead doctor` says why", LookaheadWarning, stacklevel=2)
         together = strategy.name == "tree" and (strategy.horizon is None or batch == 1)
         if not together and compile in ("graphs", "full"):
             raise ValueError(f"compile={compile!r} cannot be: {strategy.drawback}. Leave it out")
@@ -80,7 +80,7 @@ class Target:
         if reason and compile != "auto":
             raise ValueError(f"compile={compile!r} cannot be: {reason}. Leave it out")
         if reason:
-            warnings.warn(f"steps run uncompiled: {reason}", stacklevel=2)
+            warnings.warn(f"steps run uncompiled: {reason}", LookaheadWarning, stacklevel=2)
         how = "off" if reason else wanted
         if together:
             self.steps = TreeSteps(model, capacity, batch, strategy.attention, how, max_rows, strategy.cached_heads)
