@@ -72,5 +72,5 @@ def test_the_pure_part_needs_the_standard_library_alone() -> None:
 
 
 def test_transformers_internals_stay_in_the_target_and_its_cache() -> None:
-    for name in ("attention", "sampler", "decode"):
+    for name in ("attention", "sampler", "decoding"):
         assert "transformers" not in imports(FOLDER / f"{name}.py")

@@ -509,6 +509,12 @@ def kinds_of(config: Any, stock: Sequence[Any]) -> dict[str, Span]:
     return kinds
 
 
+def keeps_states_alone(config: Any) -> bool:
+    """Whether every layer of a text model is recurrent, so that its cache does not know how long the text is."""
+    layers = DynamicCache(config=config).layers
+    return bool(layers) and not any(isinstance(layer, CacheLayerMixin) for layer in layers)
+
+
 def is_dummy(layer: Any) -> bool:
     """Whether a layer keeps nothing: it has no attention, or uses another layer's keys and values."""
     return type(layer).__name__ == "DummyLayer"  # not in every supported version

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from .cache import TreeCache
+from .cache import TreeCache, keeps_states_alone
 from .evaluate import OURS, cache_name, device_of, parameters_of, text_config
 from .memory import memory_of
 from .rows import Lockstep, RowSteps
@@ -91,7 +91,7 @@ def probe(model: PreTrainedModel) -> Strategy:
     if model.config.is_encoder_decoder:
         raise ValueError(_refusal(model, "it is an encoder-decoder"))
     known = memory_of(model).probed
-    if cache_name(model.forward) is None:
+    if cache_name(model.forward) is None or keeps_states_alone(config):
         raise ValueError(_refusal(model, "its forward takes no cache of keys and values, to keep the text in"))
     key = (own, model.dtype, device_of(model))
     if key not in known:
