@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,18 @@ def test_generate_prints_the_continuation(capsys, monkeypatch) -> None:
     text = json.loads(out)["text"]
     code, out, err = run(capsys, monkeypatch, "generate", "pocket", "-p", "def add(a, b):\n", "--max-new-tokens", "20")
     assert (code, out, err) == (0, text + "\n", "")
+
+
+def test_what_is_reproducible_does_not_follow_the_clock(capsys, monkeypatch) -> None:
+    arguments = ["generate", "pocket", "-p", "class Stack:\n", "-n", "40", "--threads", "1", "--reproducible", "--json"]
+    answers = []
+    for base in (1.0, 1.5, 3.0):  # clocks that go ever faster
+        ticks = count()
+        monkeypatch.setattr("lookahead_decoding.decoding.perf_counter", lambda: base ** (next(ticks) % 60))  # noqa: B023
+        one = json.loads(run(capsys, monkeypatch, *arguments)[1])
+        answers.append((one["output_ids"], one["steps"], one["rows_per_step"], one["sources"]))
+    assert answers[0][0]
+    assert answers[0] == answers[1] == answers[2]
 
 
 def on_ranks(*arguments: str, said: str | None = None) -> subprocess.CompletedProcess[str]:

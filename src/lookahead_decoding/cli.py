@@ -26,6 +26,7 @@ from .cli_common import (
     config_of,
     encode,
     first_line,
+    keep_threads,
     load,
     read_prompts,
     room,
@@ -136,6 +137,9 @@ def _model_options(command: Callable[..., None]) -> Callable[..., None]:
         click.argument("model"),
         click.option("--device", help="Such as cpu or cuda:0. Default: the first GPU if there is one."),
         click.option("--trust-remote-code", is_flag=True, help="Run the code that comes with the model."),
+        click.option(
+            "--threads", type=click.IntRange(1), expose_value=False, callback=keep_threads, help="Of the processor."
+        ),
     ):
         command = option(command)
     return command
@@ -152,10 +156,11 @@ def _lookahead_options(command: Callable[..., None]) -> Callable[..., None]:
         sources: str | None,
         max_rows: int | None,
         paper: bool,
+        reproducible: bool,
         **rest: Any,
     ) -> None:
         sizes = (window_size, ngram_size, verification_set_size)
-        command(config=config_of(sizes, sources, max_rows, paper), **rest)
+        command(config=config_of(sizes, sources, max_rows, paper, reproducible), **rest)
 
     wrapped: Callable[..., None] = configured
     for option in (
@@ -166,6 +171,9 @@ def _lookahead_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--max-rows", type=int, help=f"Rows of a step at most.  [default: {MAX_ROWS}]"),
         click.option(
             "--paper", is_flag=True, help="The paper's algorithm with a fixed W, N, G (15, 5, 15), no prices."
+        ),
+        click.option(
+            "--reproducible", is_flag=True, help="The same text in every run, in bfloat16 too: no clock decides."
         ),
         click.option(
             "--compile",
@@ -203,7 +211,9 @@ def _shared_options(command: Callable[..., None]) -> Callable[..., None]:
 def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option(
+            "-n",
             "--max-new-tokens",
+            "--max-tokens",
             type=click.IntRange(1),
             default=128,
             show_default=True,

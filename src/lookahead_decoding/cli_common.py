@@ -25,6 +25,15 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
+THREADS = "lookahead_decoding.threads"
+"""Where a command's context keeps the number of threads that was asked for."""
+
+
+def keep_threads(context: click.Context, parameter: click.Parameter, value: int | None) -> None:
+    """Keep --threads for `load`, which is the first to need torch."""
+    context.meta[THREADS] = value
+
+
 class Problem(click.ClickException):
     """Something the user can mend: one line, exit code 2."""
 
@@ -97,6 +106,9 @@ def load(
     from .probe import probe
     from .tensor_parallel import divide
 
+    threads = click.get_current_context().meta.get(THREADS)
+    if threads is not None:
+        torch.set_num_threads(threads)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -231,6 +243,7 @@ def config_of(
     sources: str | None = None,
     max_rows: int | None = None,
     paper: bool = False,
+    reproducible: bool = False,
 ) -> LookaheadConfig:
     """Settings from the options of a command: W, N and G, and for the paper's algorithm its own defaults."""
     default: Sequence[str] = ("window",) if paper else SOURCES
@@ -239,7 +252,7 @@ def config_of(
         w, n, g = (given if given is not None else usual for given, usual in zip(sizes, (15, 5, 15), strict=True))
         sizes = (w, n, g)
     try:
-        return LookaheadConfig(*sizes, tuple(names), max_rows=max_rows, adaptive=not paper)
+        return LookaheadConfig(*sizes, tuple(names), max_rows=max_rows, adaptive=not paper, reproducible=reproducible)
     except (TypeError, ValueError) as error:
         raise Problem(str(error)) from error
 

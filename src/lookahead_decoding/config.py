@@ -19,6 +19,11 @@ NGRAM_SIZE = 4
 """N of a window of which it is not given."""
 
 
+TYPICAL_TIMES = ((1, 26.5), (2, 27.5), (8, 29.0), (16, 31.3), (32, 37.4), (64, 44.8))
+"""Milliseconds of a step by its rows: pocket with 134 M parameters, bfloat16, two cores of an Intel Xeon
+(benchmarks/results/cpu-2-cores/2026-11-25-step-134M-bfloat16-packed.json, context 256)."""
+
+
 class LookaheadWarning(UserWarning):
     """Something that makes decoding slower than it could be."""
 
@@ -43,6 +48,9 @@ class LookaheadConfig:
         adaptive: False is the paper's algorithm, with all three sizes given: a fixed window, n-grams of the
             window, prompt and output in one pool that is asked at the root, and every candidate taken. See `paper`.
         window_seed: seeds the window's random first row. It changes how many steps the text takes, never the text.
+        reproducible: True keeps the clock out of it: where `step_times` are not given they are those of a typical CPU,
+            so every run feeds the same trees. In bfloat16 the last bits of a forward depend on how many rows it has,
+            and so the text is then the same from run to run; plain decoding's may still be another.
 
     Raises:
         TypeError: a size is not an integer, or a sequence is not one.
@@ -58,6 +66,7 @@ class LookaheadConfig:
     step_times: tuple[tuple[int, float], ...] | None = None
     adaptive: bool = True
     window_seed: int = 0
+    reproducible: bool = False
 
     @classmethod
     def paper(
@@ -113,6 +122,10 @@ class LookaheadConfig:
             raise ValueError(f"sources names one twice: {', '.join(self.sources)}")
         if self.step_times is not None:
             object.__setattr__(self, "step_times", _step_times(self.step_times))
+        if not isinstance(self.reproducible, bool):
+            raise TypeError(f"reproducible must be True or False, got {self.reproducible!r}")
+        if self.reproducible and self.step_times is None:
+            object.__setattr__(self, "step_times", TYPICAL_TIMES)
         if not self.adaptive:
             for name in ("window_size", "ngram_size", "verification_set_size"):
                 if getattr(self, name) is None:
