@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import lookahead_decoding as ld
 from conftest import ARCHITECTURES, FREE
+from lookahead_decoding.evaluate import cache_name
 from lookahead_decoding.rope import Switch, switch_of
 
 SWITCH = 40
@@ -94,7 +95,7 @@ def test_a_model_that_forgets_its_text_is_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(  # as Phi-3 in transformers 5.16
         model,
         "prepare_inputs_for_generation",
-        lambda ids, **kwargs: before(ids, **kwargs | ({"past_key_values": None} if ids.shape[1] > SWITCH else {})),
+        lambda ids, **kwargs: before(ids, **kwargs | ({cache_name(before): None} if ids.shape[1] > SWITCH else {})),
     )
     assert ld.generate(model, ids, max_new_tokens=10, eos_token_id=None).shape == (1, 30)
     with pytest.raises(ValueError, match="change at 40 tokens, where this version of transformers forgets the text"):
