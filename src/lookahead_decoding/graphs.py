@@ -32,8 +32,12 @@ PACKED = {
     "max_autotune": True,
     "max_autotune_gemm_backends": "CPP,ATEN",
     "autotune_num_choices_displayed": 0,
+    "force_disable_caches": True,
 }
-"""Inductor's settings that lay the weights out for a CPU's matrix units: they hold a second copy of the weights."""
+"""Inductor's settings that lay the weights out for a CPU's matrix units: they hold a second copy of the weights.
+
+Its caches are keyed by shapes: on processors without AMX a graph from them came with the weights of another model.
+"""
 
 
 GRAPHS = 64
