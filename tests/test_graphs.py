@@ -89,7 +89,7 @@ def test_packed_weights_follow_the_model(tiny: Tiny) -> None:
     other = tiny(dtype=torch.bfloat16, hidden_size=64, initializer_range=0.4)  # of the same shapes
     for model in (first, other, first):
         plain, compiled = logits(model, "off"), logits(model, "full")
-        assert (compiled - plain).norm() / plain.norm() < 0.02
+        assert (compiled - plain).norm() / plain.norm() < 0.05  # those of the other model differ by 0.6
         assert not torch.equal(compiled, plain)  # other products, so the packed ones did run
     with torch.no_grad():
         first.lm_head.weight.neg_()

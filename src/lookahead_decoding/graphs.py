@@ -32,11 +32,11 @@ PACKED = {
     "max_autotune": True,
     "max_autotune_gemm_backends": "CPP,ATEN",
     "autotune_num_choices_displayed": 0,
-    "force_disable_caches": True,
+    "fx_graph_cache": False,
 }
 """Inductor's settings that lay the weights out for a CPU's matrix units: they hold a second copy of the weights.
 
-Its caches are keyed by shapes: on processors without AMX a graph from them came with the weights of another model.
+No graph comes from a cache: those are keyed by shapes, and on a processor without AMX the weights were another model's.
 """
 
 
@@ -58,6 +58,7 @@ class Compiled:
     ) -> None:
         self._plain = function
         self._options = options
+        import torch._functorch.config
         import torch._inductor.config  # takes a second, which plain use need not pay
 
         self._compiled: Callable[..., torch.Tensor] | None = torch.compile(function, dynamic=dynamic)
@@ -67,7 +68,7 @@ class Compiled:
             try:  # any call may compile, so the settings hold for all
                 limit = torch._dynamo.config.patch(recompile_limit=GRAPHS, fail_on_recompile_limit_hit=True)
                 options = torch._inductor.config.patch(self._options) if self._options else nullcontext()
-                with limit, options:
+                with limit, options, torch._functorch.config.patch(enable_autograd_cache=not self._options):
                     return self._compiled(*args)
             except Exception as error:  # whatever a compiler fails with, the function itself may still run
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
