@@ -30,7 +30,7 @@ from transformers.utils import logging
 import lookahead_decoding as ld
 from lookahead_decoding.bench.methods import Job, Method, make, measure, warm_up
 from lookahead_decoding.bench.result import LOOP, SHORT, Row
-from lookahead_decoding.cli_common import read_prompts
+from lookahead_decoding.cli.loading import read_prompts
 from lookahead_decoding.profile import device_name
 
 FULL = ld.LookaheadConfig(max_rows=120, step_times=((1, 1.0),))
@@ -158,7 +158,7 @@ def main() -> None:
     ):
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         texts = read_prompts(args.prompts, args.field, args.limit)
-        jobs = [Job((tuple(tokenizer(text).input_ids),)) for text in texts]
+        jobs = [Job((tuple(tokenizer(one.content).input_ids),)) for one in texts]
         options = {"do_sample": False, "max_new_tokens": args.max_new_tokens, "eos_token_id": None, "pad_token_id": 0}
         result: dict[str, Any] = {
             "command": shlex.join(["torchrun", "--nproc-per-node", str(ranks.size), *sys.argv]),

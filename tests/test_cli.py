@@ -4,15 +4,23 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from io import StringIO
 from itertools import count
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from lookahead_decoding import cli
+import lookahead_decoding as ld
+from lookahead_decoding.cli import demo
+from lookahead_decoding.cli import main as cli
+from lookahead_decoding.cli.chat import Talk
+from lookahead_decoding.cli.loading import Problem, load
+from lookahead_decoding.cli.printing import Column, show
 
 KEYS = [
+    "index",
+    "prompt",
     "output_ids",
     "text",
     "prompt_tokens",
@@ -150,17 +158,18 @@ def test_demo_shows_both_and_that_they_are_identical(capsys, monkeypatch) -> Non
     code, out, _ = run(capsys, monkeypatch, "demo", "--max-new-tokens", "20")
     assert code == 0
     assert out.rstrip().endswith("identical: yes")
-    assert "mean acceptance length" in out
+    assert "tokens per step" in out
 
 
 def test_demo_exits_with_1_where_the_texts_differ(capsys, monkeypatch) -> None:
-    right = cli.answer
+    right = demo.Runner.step
 
-    def wrong(model, tokenizer, prompts, decoding, *rest):  # type: ignore[no-untyped-def]
-        answers = right(model, tokenizer, prompts, decoding, *rest)
-        return [replace(a, output_ids=[*a.output_ids[:-1], 7]) if decoding.config.sources else a for a in answers]
+    def wrong(runner: demo.Runner) -> None:
+        right(runner)
+        if runner.title == "lookahead":
+            runner.tokens[-1] = 7
 
-    monkeypatch.setattr(cli, "answer", wrong)
+    monkeypatch.setattr(demo.Runner, "step", wrong)
     code, out, _ = run(capsys, monkeypatch, "demo", "--max-new-tokens", "6")
     assert code == 1
     assert out.rstrip().endswith("identical: no")
@@ -168,9 +177,69 @@ def test_demo_exits_with_1_where_the_texts_differ(capsys, monkeypatch) -> None:
 
 def test_chat_answers_until_the_input_ends(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lookahead_decoding", "chat", "pocket", "--max-new-tokens", "12"]
-    done = subprocess.run(command, input="import os\nimport re\n\n", capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")  # also where torchao is installed, which has a lot to say
+    said = "import os\n\n/help\n/reset\n/wrong\nimport re\n/exit\nimport no\n"
+    done = subprocess.run(command, input=said, capture_output=True, text=True)
+    cut = "[cut after 12 tokens: --max-new-tokens]"
+    *_, forgotten, wrong, last = notes = done.stderr.splitlines()  # no warning, also where torchao is installed
+    assert (done.returncode, notes[0], notes[1][:6]) == (0, cut, "/reset")
+    assert (forgotten, wrong, last) == ("[forgotten]", "no command /wrong: /help lists them", cut)
     assert done.stdout.strip()
+
+
+def test_a_talk_drops_its_oldest_turns_where_the_context_is_full(pocket, capsys) -> None:
+    talk = Talk(*pocket, None)
+    for _ in range(3):
+        ids, length = talk.ask("x = 1\n" * 100, 20)
+        assert (len(ids) + length <= 1024, length) == (True, 20)
+        talk.answer("y = 2\n" * 40)
+    assert "the oldest 1 turns were dropped" in capsys.readouterr().err
+    with pytest.raises(Problem, match="say less"):
+        talk.ask("x = 1\n" * 2000, 20)
+
+
+def test_a_prompt_of_messages_is_put_into_the_template(tmp_path: Path, capsys, monkeypatch) -> None:
+    model, tokenizer = load("pocket", "float32", "cpu", False)
+    template = "{% for m in messages %}# {{ m.role }}\n{{ m.content }}{% endfor %}# answer\n"
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path / "model")
+    path = tmp_path / "talks.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "import os\n"}]}) + "\n")
+    arguments = ["generate", str(tmp_path / "model"), "-n", "8", "--json", "--dtype", "float32"]
+    given = ["-p", "# user\nimport os\n# answer"], ["-p", "import os\n", "--chat"], ["--prompts", str(path)]
+    answers = [json.loads(run(capsys, monkeypatch, *arguments, *more)[1]) for more in given]
+    assert answers[0]["output_ids"] == answers[1]["output_ids"] == answers[2]["output_ids"]
+    assert answers[1]["prompt"] == answers[2]["prompt"] == [{"role": "user", "content": "import os\n"}]
+    messages = [{"role": "user", "content": "import os\n"}]
+    steps = ld.stream(model, tokenizer, messages=messages, max_new_tokens=8, do_sample=False)
+    assert [t for step in steps for t in step.token_ids] == answers[0]["output_ids"]
+    systematic = json.loads(run(capsys, monkeypatch, *arguments, "-p", "import os\n", "--system", "be brief\n")[1])
+    assert systematic["prompt_tokens"] > answers[0]["prompt_tokens"]
+    code, _, err = run(capsys, monkeypatch, "generate", "pocket", "-p", "a", "--chat")
+    assert (code, err) == (2, "lookahead: the prompt: the tokenizer has no chat template: give the prompt as text\n")
+
+
+def test_a_terminal_without_a_prompt_is_told_so(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    code, _, err = run(capsys, monkeypatch, "generate", "pocket")
+    assert code == 2
+    assert err == "lookahead: no prompt: give one with -p, a file of them with --prompts, or text on standard input\n"
+
+
+@pytest.mark.parametrize(("width", "shown"), [(80, ["first", "second", "third"]), (20, ["first", "second"])])
+def test_a_table_has_the_columns_that_fit(width: int, shown: list[str]) -> None:
+    out = Console(width=width, file=StringIO())
+    columns = [
+        Column("first", ["a method", "b"]),
+        Column("empty", ["", ""]),
+        Column("second", ["1", "22"], "what it means"),
+        Column("third", ["3", ""]),
+    ]
+    show(columns, out)
+    lines = out.file.getvalue().splitlines()
+    assert lines[0].split() == shown
+    assert lines[4] == "second: what it means" if width == 80 else lines[4].startswith("second: what it")
+    assert max(map(len, lines)) <= width
 
 
 @pytest.mark.parametrize(
@@ -189,11 +258,11 @@ def test_chat_answers_until_the_input_ends(tmp_path: Path) -> None:
         (["generate", "pocket", "-p", "x = 1\n" * 2000], "the model's context is 1,024"),
         (["generate", "pocket", "-p", "a", "--temperature", "-1"], "-1"),
         (["generate", "pocket", "-p", "a", "--prompts", "/no/file.jsonl"], "does not exist"),
-        (["verify", "pocket"], "Missing option"),
+        (["bench", "pocket", "--replay", "code"], "--replay names a field of --prompts"),
         (["generate", "pocket", "-p", "a", "--top-k", "5"], "give a --temperature as well"),
         (["generate", "pocket", "-p", "a", "--stop", ""], "--stop needs a text"),
         (["generate", "pocket", "-p", "a", "--device", "nowhere"], "cannot use device 'nowhere'"),
-        (["bench", "pocket"], "Missing option"),
+        (["bench", "pocket", "--methods", "magic"], "no method 'magic'"),
         (["bench", "step", "pocket", "--rows", "x"], "takes numbers"),
         (["generate", "pocket", "-p", "a", "--plain", "-W", "5"], "--plain guesses nothing"),
         (["generate", "pocket", "-p", "a", "-W", "5", "--sources", "prompt"], "window_size is the window's"),
@@ -201,7 +270,7 @@ def test_chat_answers_until_the_input_ends(tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], message: str, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("lookahead_decoding.cli_common._reachable", lambda address: False)
+    monkeypatch.setattr("lookahead_decoding.cli.loading._reachable", lambda address: False)
     code, out, err = run(capsys, monkeypatch, *arguments)
     assert (code, out) == (2, "")
     assert err.startswith("lookahead: ")
@@ -222,8 +291,8 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], message: st
     ],
 )
 def test_help_and_wrong_options_do_not_wait_for_torch(arguments: str) -> None:
-    run = f"import sys; sys.argv = ['lookahead', *{arguments.split()}]\nfrom lookahead_decoding import cli\n"
-    run += "try:\n    cli.main()\nfinally:\n    print('torch' in sys.modules, 'transformers' in sys.modules)"
+    run = f"import sys; sys.argv = ['lookahead', *{arguments.split()}]\nfrom lookahead_decoding.cli.main import main\n"
+    run += "try:\n    main()\nfinally:\n    print('torch' in sys.modules, 'transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1:] == ["False False"]
 

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import lookahead_decoding as ld
-from lookahead_decoding import cli, exactness
+from lookahead_decoding import exactness
+from lookahead_decoding.cli import main as cli
+from lookahead_decoding.cli.loading import load
 from lookahead_decoding.exactness import compare
 from test_exactness import prompt_of
 
@@ -117,7 +119,7 @@ def test_verify_says_bug_and_exits_with_1(
 @pytest.mark.parametrize("prompt", ["def fibonacci(n):\n", "import os\nimport sys\n\n\ndef main():\n"])
 @pytest.mark.parametrize("options", [{"do_sample": False}, {"do_sample": True, "temperature": 0.8}])
 def test_pocket_in_bfloat16_keeps_the_contract(prompt: str, options: dict[str, object]) -> None:
-    model, tokenizer = cli.load("pocket", "bfloat16", "cpu", False)
+    model, tokenizer = load("pocket", "bfloat16", "cpu", False)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     found = compare(model, ids, ld.LookaheadDecoding(), max_new_tokens=60, **options)
     assert found is None or found.near_tie

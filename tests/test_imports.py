@@ -38,7 +38,6 @@ LAYERS = [
     },
     {"cache", "evaluate", "memory", "rope", "trees", "rows", "probe", "target", "sharded", "tensor_parallel"},
     {"decoding", "hf", "text", "exactness"},
-    {"cli", "cli_common"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FOLDER = Path(lookahead_decoding.__file__).parent

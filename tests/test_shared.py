@@ -457,7 +457,7 @@ class TestDecoding:
 def test_the_command_line_keeps_a_pool_in_a_file(tmp_path: Path) -> None:
     from click.testing import CliRunner
 
-    from lookahead_decoding.cli import cli
+    from lookahead_decoding.cli.main import cli
 
     path = tmp_path / "pool"
     command = ["generate", "pocket", "-p", "def fib(n):", "--max-new-tokens", "40", "--json", "--dtype", "float32"]

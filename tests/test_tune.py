@@ -8,9 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lookahead_decoding import Stats, cli, profile
-from lookahead_decoding.bench import tune_command
-from lookahead_decoding.bench.tune import Trial, Tuning
+from lookahead_decoding import Stats, profile
+from lookahead_decoding.bench.tune import Tuning
+from lookahead_decoding.cli import doctor
+from lookahead_decoding.cli import main as cli
+from lookahead_decoding.evaluate import OURS
 from lookahead_decoding.probe import Strategy
 
 
@@ -44,9 +46,23 @@ def test_times_hold_what_is_done_outside_the_forward() -> None:
 def test_tune_compares_settings_and_saves_the_profile(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(tune_command, "GRID", ((2, 3, 2), (3, 3, 3)))
+    monkeypatch.setattr("lookahead_decoding.bench.tune.GRID", ((2, 3, 2), (3, 3, 3)))
     out = tmp_path / "tune.json"
-    run(monkeypatch, "tune", "pocket", "--dtype", "float32", "--limit", 2, "--max-new-tokens", 16, "--json", out)
+    run(
+        monkeypatch,
+        "tune",
+        "pocket",
+        "--dtype",
+        "float32",
+        "--limit",
+        2,
+        "-n",
+        16,
+        "--compile",
+        "packed",
+        "--json",
+        out,
+    )
     printed = capsys.readouterr().out
     assert "best fixed W,N,G: " in printed
     assert "the adaptive default: " in printed
@@ -55,7 +71,7 @@ def test_tune_compares_settings_and_saves_the_profile(
     saved = profile.load(profile.Machine(**written["machine"]))
     assert saved == [(rows, seconds) for rows, seconds in written["seconds"]]
     capsys.readouterr()
-    run(monkeypatch, "doctor", "pocket", "--dtype", "float32", "--json")
+    run(monkeypatch, "doctor", "pocket", "--dtype", "float32", "--compile", "packed", "-n", 16, "--json")
     facts = json.loads(capsys.readouterr().out)
     assert facts["profile"] == "saved by `lookahead tune`"
     assert facts["mean_acceptance_length"] >= 1.0
@@ -63,26 +79,32 @@ def test_tune_compares_settings_and_saves_the_profile(
 
 
 def test_doctor_says_whether_it_pays(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    run(monkeypatch, "doctor", "pocket", "--dtype", "float32")
+    run(monkeypatch, "doctor", "pocket", "--dtype", "float32", "-n", 16)
     printed = capsys.readouterr().out
     assert "attention" in printed
-    assert (
-        tune_command.verdict(0.99)
-        == "It hardly pays here: about 0.99 times plain decoding on the sample; longer texts are then plain."
+    assert doctor.verdict(0.99, "hf-greedy@float32") == (
+        "It hardly pays here: about 0.99 times the best plain decoding (hf-greedy@float32) on the sample; longer texts "
+        "are then decoded plainly."
     )
-    assert tune_command.verdict(1.5) == "It pays here: about 1.50 times plain decoding on the sample."
+    assert doctor.verdict(1.5, "hf-greedy@float32") == (
+        "It pays here: about 1.50 times the best plain decoding (hf-greedy@float32) on the sample."
+    )
+    assert printed.splitlines()[-5].startswith("lookahead generate pocket --dtype float32 --compile ")
     assert any(line in printed for line in ("It pays here: about ", "It hardly pays here: about "))
 
 
 def test_advice_depends_on_what_was_found() -> None:
     model = torch.nn.Linear(2, 2).to(torch.bfloat16)
     model.dtype, model.device = torch.bfloat16, torch.device("cpu")
-    place = SimpleNamespace(model=model, how="full", strategy=Strategy("tree", tune_command.OURS))
+    place = SimpleNamespace(model=model, how="full", strategy=Strategy("tree", OURS))
     dear, cheap = {1: 1e-3, 8: 2e-3}, {1: 1e-9, 8: 1e-9}
     chained = SimpleNamespace(model=model, how="full", strategy=Strategy("chain", "sdpa", reasons=("its own mask",)))
-    trial = Trial("adaptive", (counts(30, 10, 80),), 1.0)
-    assert tune_command.advise(model, chained, cheap, trial)[0].endswith("because: its own mask")
-    for times, tokens, wanted in ((cheap, 30, []), (dear, 30, ["8 rows take 2.0"]), (cheap, 10, ["few drafts"])):
-        trial = Trial("adaptive", (counts(tokens, 10, 80),), 1.0)
-        advice = tune_command.advise(model, place, times, trial)
+    assert doctor.advise(model, chained, cheap, 3.0)[0].endswith("because: its own mask")
+    wanted_of = (
+        (cheap, 3.0, []),
+        (dear, 3.0, ["a step that feeds 8 tokens takes 2.0"]),
+        (cheap, 1.0, ["few guesses"]),
+    )
+    for times, length, wanted in wanted_of:
+        advice = doctor.advise(model, place, times, length)
         assert [line[: len(start)] for line, start in zip(advice, wanted, strict=True)] == wanted

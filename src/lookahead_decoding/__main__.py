@@ -1,5 +1,5 @@
 """`python -m lookahead_decoding` is the `lookahead` command."""
 
-from .cli import main
+from .cli.main import main
 
 main()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,11 +63,31 @@ def decode_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return text
 
 
+def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Token ids of a talk in the tokenizer's chat template, up to where the model's answer begins.
+
+    Args:
+        messages: mappings with "role" and "content", as `apply_chat_template` takes them.
+
+    Raises:
+        ValueError: there is no template, or it does not take these messages.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError("the tokenizer has no chat template: give the prompt as text")
+    try:
+        found = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+    except Exception as error:  # a template is a program of the model's makers, which raises what it likes
+        raise ValueError(f"the chat template does not take these messages: {error}") from error
+    ids: list[int] = found["input_ids"]
+    return ids
+
+
 def stream(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str | Sequence[int] | torch.Tensor,
+    prompt: str | Sequence[int] | torch.Tensor | None = None,
     *,
+    messages: Sequence[Mapping[str, Any]] | None = None,
     lookahead: LookaheadConfig | None = None,
     seed: int | None = None,
     propose: Propose | None = None,
@@ -84,6 +104,8 @@ def stream(
         model: any causal language model that can check candidates.
         tokenizer: its tokenizer.
         prompt: text, or token ids (a list, or a tensor of one sequence).
+        messages: of a talk, in place of a prompt: mappings with "role" and "content", which the tokenizer's chat
+            template puts into the form that an instruct model knows.
         lookahead: the sources, and what is fixed.
         seed: for sampling; torch's own generator is used if left out.
         propose, shared: further sources of candidates (see `LookaheadDecoding`).
@@ -106,6 +128,10 @@ def stream(
         raise TypeError("lookahead: a stream takes a LookaheadConfig")
     if kwargs.pop("attention_mask", None) is not None:
         raise ValueError("attention_mask: a stream has one prompt without padding; leave it out")
+    if (prompt is None) == (messages is None):
+        raise TypeError("give a prompt or messages, one of them")
+    if messages is not None:
+        prompt = chat_ids(tokenizer, messages)
     if isinstance(prompt, torch.Tensor):
         if prompt.ndim > 1 and len(prompt) != 1:
             raise TypeError(f"prompt must be one text or the token ids of one, got shape {tuple(prompt.shape)}")

@@ -1,26 +1,21 @@
-"""What the commands share: loading models, reading prompts, and problems in one line."""
+"""Models and prompts by what a user calls them; what is wrong with them is one line."""
 
 from __future__ import annotations
 
-import functools
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import pocket_path
-from .config import SOURCES, LookaheadConfig
-from .torchrun import PATIENCE, START, speaks, started
+from .. import pocket_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .ranks import Ranks
-    from .shared import Namespace
+    from ..ranks import Ranks
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
@@ -40,55 +35,6 @@ class Problem(click.ClickException):
     exit_code = 2
 
 
-def with_ranks(command: Callable[..., None]) -> Callable[..., None]:
-    """Let torchrun start a command: it gets the ranks as `ranks`, None without torchrun, and the first one prints."""
-
-    @functools.wraps(command)
-    def joined(tensor_parallel: int, patience: float, device: str | None, **rest: Any) -> None:
-        if not started():
-            if tensor_parallel > 1:
-                raise Problem(f"--tensor-parallel divides a model over ranks: {START}")
-            command(device=device, ranks=None, **rest)
-            return
-        from .ranks import parallel
-
-        try:
-            with parallel(tensor_parallel=tensor_parallel, device=device, patience=patience) as ranks, _speaking(ranks):
-                command(device=device, ranks=ranks, **rest)
-        except ValueError as error:
-            raise Problem(first_line(error)) from error
-
-    wrapped: Callable[..., None] = joined
-    for option in (
-        click.option(
-            "--tensor-parallel",
-            type=click.IntRange(1),
-            default=1,
-            show_default=True,
-            help="Ranks that hold one copy of the model together; needs torchrun.",
-        ),
-        click.option(
-            "--patience",
-            type=click.FloatRange(1),
-            default=PATIENCE,
-            show_default=True,
-            help="Seconds that ranks wait for one which is alive, such as one that compiles.",
-        ),
-    ):
-        wrapped = option(wrapped)
-    return wrapped
-
-
-@contextmanager
-def _speaking(ranks: Ranks) -> Iterator[None]:
-    """Inside, only the first rank prints."""
-    if ranks.first:
-        yield
-        return
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        yield
-
-
 def load(
     name: str, dtype: str, device: str | None, trust: bool, ranks: Ranks | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -103,10 +49,11 @@ def load(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
-    from .probe import probe
-    from .tensor_parallel import divide
+    from ..probe import probe
+    from ..tensor_parallel import divide
 
-    threads = click.get_current_context().meta.get(THREADS)
+    context = click.get_current_context(silent=True)
+    threads = context.meta.get(THREADS) if context else None
     if threads is not None:
         torch.set_num_threads(threads)
     transformers_logging.set_verbosity_error()
@@ -139,10 +86,8 @@ def _folder(name: str) -> Path:
     """The folder of a model, which has a configuration and weights in it."""
     path = Path(pocket_path() if name == "pocket" else name).expanduser()
     if not path.is_dir():
-        what = (
-            f"{name!r} is a file: give the folder that it lies in" if path.exists() else f"no model folder at {name!r}"
-        )
-        raise Problem(what)
+        wrong = "{!r} is a file: give the folder that it lies in" if path.exists() else "no model folder at {!r}"
+        raise Problem(wrong.format(name))
     if not (path / "config.json").is_file():
         raise Problem(f"no model in {name!r}: there is no config.json in that folder")
     return path
@@ -182,14 +127,34 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def read_prompts(path: Path, field: str, limit: int | None = None) -> list[str]:
-    """The prompts of a JSONL file."""
-    prompts: list[str] = []
+@dataclass(frozen=True)
+class Prompt:
+    """What a user asks: a text to go on with, or the messages of a talk, as chat templates take them."""
+
+    content: str | list[dict[str, Any]]
+
+    def in_chat(self, system: str | None = None) -> Prompt:
+        """The talk that this prompt begins, or goes on with, behind a system message if there is one."""
+        messages = self.content if isinstance(self.content, list) else [{"role": "user", "content": self.content}]
+        return Prompt(([{"role": "system", "content": system}] if system is not None else []) + messages)
+
+
+SAMPLES = (
+    Prompt('def mean(numbers):\n    """The mean of a list of numbers."""\n'),
+    Prompt("Question: A train runs 60 miles in an hour. How far does it run in 3 hours?\nAnswer:"),
+    Prompt("Once upon a time there was a small town by the sea."),
+)
+"""Prompts for who gives none."""
+
+
+def read_prompts(path: Path, field: str, limit: int | None = None) -> list[Prompt]:
+    """The prompts of a JSONL file: a text each, a list of turns of which the first is asked, or messages."""
+    prompts: list[Prompt] = []
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise Problem(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(content.split("\n"), 1):  # JSON may hold other line separators
         if limit is not None and len(prompts) == limit:
             break
         if not line.strip():
@@ -198,22 +163,39 @@ def read_prompts(path: Path, field: str, limit: int | None = None) -> list[str]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise Problem(f"{path}, line {number}: not JSON ({error.msg})") from error
-        text = record.get(field) if isinstance(record, dict) else None
-        if isinstance(text, list) and text:  # the turns of a talk: the first can be answered
-            text = text[0]
-        if not isinstance(text, str):
+        except RecursionError as error:
+            raise Problem(f"{path}, line {number}: JSON that is nested too deep") from error
+        found = record.get(field, record.get("messages")) if isinstance(record, dict) else None
+        if isinstance(found, list) and found and isinstance(found[0], str):
+            found = found[0]
+        if not isinstance(found, str | list) or (isinstance(found, list) and not _are_messages(found)):
             raise Problem(f"{path}, line {number}: no text in field {field!r} (choose one with --field)")
-        prompts.append(text)
+        prompts.append(Prompt(found))
     if not prompts:
         raise Problem(f"{path}: no prompts in it")
     return prompts
 
 
-def encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, which: str) -> list[int]:
-    """Token ids of a prompt that fits the model's context."""
-    from .hf import context_of
+def _are_messages(found: list[Any]) -> bool:
+    return bool(found) and all(isinstance(m, dict) and "role" in m for m in found)
 
-    ids: list[int] = tokenizer(prompt).input_ids
+
+def encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, which: str) -> list[int]:
+    """Token ids of a prompt that fits the model's context."""
+    from ..hf import context_of
+    from ..text import chat_ids
+
+    if isinstance(prompt.content, str):
+        try:
+            prompt.content.encode()
+        except UnicodeEncodeError as error:
+            raise Problem(f"{which} is not UTF-8") from error
+        ids: list[int] = tokenizer(prompt.content).input_ids
+    else:
+        try:
+            ids = chat_ids(tokenizer, prompt.content)
+        except ValueError as error:
+            raise Problem(f"{which}: {first_line(error)}") from error
     if not ids:
         raise Problem(f"{which} is empty: give at least one token")
     context = context_of(model)
@@ -224,7 +206,7 @@ def encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: s
 
 def room(model: PreTrainedModel, prompt: Sequence[int], max_new_tokens: int) -> int:
     """New tokens that the context leaves room for."""
-    from .hf import context_of
+    from ..hf import context_of
 
     context = context_of(model)
     return max_new_tokens if context is None else min(max_new_tokens, context - len(prompt))
@@ -236,47 +218,3 @@ def sampling(temperature: float, top_k: int | None = None, top_p: float | None =
         return {"do_sample": False}
     options: dict[str, Any] = {"do_sample": True, "temperature": temperature}
     return options | {k: v for k, v in (("top_k", top_k), ("top_p", top_p)) if v is not None}
-
-
-def config_of(
-    sizes: tuple[int | None, int | None, int | None],
-    sources: str | None = None,
-    max_rows: int | None = None,
-    paper: bool = False,
-    reproducible: bool = False,
-) -> LookaheadConfig:
-    """Settings from the options of a command: W, N and G, and for the paper's algorithm its own defaults."""
-    default: Sequence[str] = ("window",) if paper else SOURCES
-    names = default if sources is None else [name.strip() for name in sources.split(",") if name.strip()]
-    if paper:
-        w, n, g = (given if given is not None else usual for given, usual in zip(sizes, (15, 5, 15), strict=True))
-        sizes = (w, n, g)
-    try:
-        return LookaheadConfig(*sizes, tuple(names), max_rows=max_rows, adaptive=not paper, reproducible=reproducible)
-    except (TypeError, ValueError) as error:
-        raise Problem(str(error)) from error
-
-
-@contextmanager
-def shared_text(path: Path | None, name: str | None) -> Iterator[Namespace | None]:
-    """A namespace of the shared pool in a file, which is written at the end, with what was finished until then."""
-    from .shared import SharedPool
-    from .shared_file import load_pool, save_pool
-
-    if path is None:
-        if name is not None:
-            raise Problem("--namespace is a part of a --shared-pool: give that as well")
-        yield None
-        return
-    if not path.absolute().parent.is_dir():
-        raise Problem(f"--shared-pool: no folder {str(path.absolute().parent)!r}")
-    try:
-        pool = load_pool(path) if path.exists() else SharedPool()
-        namespace = pool.namespace("default" if name is None else name)
-    except ValueError as error:
-        raise Problem(f"--shared-pool: {first_line(error)}") from error
-    try:
-        yield namespace
-    finally:
-        if namespace.tokens and speaks():
-            save_pool(pool, path)

@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..cli_common import DTYPES, Problem, config_of, encode, first_line, load, read_prompts, room, sampling, with_ranks
+from ..bench import METHODS
 from ..config import COMPILE, LookaheadConfig
-from ..stats import Stats
-from ..torchrun import speaks, started
-from . import METHODS
+from ..torchrun import started
+from .loading import DTYPES, SAMPLES, Problem, encode, first_line, load, read_prompts, room, sampling
+from .options import config_of, dtype_option, model_options, prompt_options, with_ranks
+from .printing import Column, console, progress, say, show
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ..bench.result import Result
     from ..hf import LookaheadDecoding
     from ..ranks import Ranks
-    from .result import Result
+    from ..stats import Stats
 
 
 class _Default(click.Group):
@@ -42,13 +44,13 @@ def bench() -> None:
 
 
 @bench.command("run")
-@click.argument("model")
-@click.option("--prompts", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True)
-@click.option("--field", default="prompt", show_default=True)
-@click.option("--limit", type=click.IntRange(1), help="Only the first prompts.")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
-@click.option("--dtype", default="float32", show_default=True, help="Of methods that do not name their own.")
-@click.option("--device")
+@model_options
+@prompt_options()
+@click.option("--chat", is_flag=True, help="Put prompts into the model's chat template.")
+@click.option(
+    "-n", "--max-new-tokens", "--max-tokens", type=click.IntRange(1), default=128, show_default=True, help="At most."
+)
+@click.option("--dtype", default="auto", show_default=True, help="Of methods that do not name their own.")
 @click.option(
     "--methods",
     default="autoregressive,lookahead,hf-greedy,hf-prompt-lookup",
@@ -71,16 +73,17 @@ def bench() -> None:
 @click.option("--repeat", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="A picture; needs matplotlib.")
-@click.option("--trust-remote-code", is_flag=True)
 @with_ranks
 def run(
     model: str,
-    prompts: Path,
+    device: str | None,
+    trust_remote_code: bool,
+    prompts: Path | None,
     field: str,
     limit: int | None,
+    chat: bool,
     max_new_tokens: int,
     dtype: str,
-    device: str | None,
     methods: str,
     config: str,
     sources: str | None,
@@ -94,7 +97,6 @@ def run(
     repeat: int,
     json_path: Path | None,
     plot: Path | None,
-    trust_remote_code: bool,
     ranks: Ranks | None,
 ) -> None:
     """Methods take turns prompt by prompt, warmed up; the table has prompts that loop apart.
@@ -105,30 +107,35 @@ def run(
     Started with torchrun, the method "parallel" shares every step among all ranks; the others run on the first rank
     while the rest wait.
     """
-    import torch
-    from rich.console import Console
-
-    from ..profile import device_name
-    from .methods import Job, make, measure, warm_up
-    from .result import About, Result
-
     if plot is not None:
         _need_matplotlib()
     if replay is not None and (temperature or batch_size > 1):
         raise Problem("--replay forces the tokens of one prompt at a time: leave --temperature and --batch-size out")
-    texts = read_prompts(prompts, field, limit)
+    if replay is not None and prompts is None:
+        raise Problem("--replay names a field of --prompts: give that as well")
+    asked = read_prompts(prompts, field, limit) if prompts else list(SAMPLES)[:limit]
     settings = _config(config, sources, max_rows)
     wanted = [name.strip().partition("@")[::2] for name in methods.split(",")]
+    for name, own in wanted:
+        if name not in METHODS:
+            raise Problem(f"no method {name!r}: choose from {', '.join(METHODS)}")
+        if (own or dtype) not in DTYPES:
+            raise Problem(f"no dtype {own or dtype!r}: choose from {', '.join(DTYPES)}")
     loaded: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = {}
-    made = []
+    for kind in dict.fromkeys(own or dtype for _, own in wanted):
+        found = load(model, kind, device, trust_remote_code, ranks)
+        loaded[kind] = loaded.setdefault(_name_of(found[0].dtype), found)
+    wanted = [(name, _name_of(loaded[own or dtype][0].dtype)) for name, own in wanted]
     if len(set(wanted)) < len(wanted):
         raise Problem(f"--methods names one twice: {methods}")
-    for name, own in wanted:
-        kind = own or dtype
-        if kind not in DTYPES:
-            raise Problem(f"no dtype {kind!r}: choose from {', '.join(DTYPES)}")
-        if kind not in loaded:
-            loaded[kind] = load(model, kind, device, trust_remote_code, ranks)
+    import torch
+
+    from ..bench.methods import Job, make, measure, warm_up
+    from ..bench.result import About, Result
+    from ..profile import device_name
+
+    made = []
+    for name, kind in wanted:
         try:
             made.append(make(name, kind, loaded[kind][0], settings, compile, ranks))
         except ValueError as error:
@@ -136,15 +143,16 @@ def run(
     if ranks is not None and not ranks.first:
         made = [method for method in made if method.shared]
     target, tokenizer = next(iter(loaded.values()))
-    ids = [encode(target, tokenizer, text, f"prompt {i}") for i, text in enumerate(texts, 1)]
+    asked = [one.in_chat() for one in asked] if chat else asked
+    ids = [encode(target, tokenizer, one, f"prompt {i}") for i, one in enumerate(asked, 1)]
     options = sampling(temperature) | {"max_new_tokens": min(room(target, p, max_new_tokens) for p in ids)}
     stop, pad = target.generation_config.eos_token_id, target.generation_config.pad_token_id
     if pad is None:  # as transformers does
         pad = stop[0] if isinstance(stop, list) else stop
     options |= {"eos_token_id": stop if eos else None, "pad_token_id": pad}
     jobs = [Job(tuple(map(tuple, ids[i : i + batch_size]))) for i in range(0, len(ids), batch_size)]
-    if replay is not None:
-        references = [tokenizer(t).input_ids for t in read_prompts(prompts, replay, limit)]
+    if replay is not None and prompts is not None:
+        references = [tokenizer(one.content).input_ids for one in read_prompts(prompts, replay, limit)]
         jobs = [
             Job((tuple(p),), tuple(r[: room(target, p, max_new_tokens)])) for p, r in zip(ids, references, strict=True)
         ]
@@ -153,25 +161,24 @@ def run(
     about = About(
         command=shlex.join(["lookahead", *sys.argv[1:]]),
         model=model if model == "pocket" else Path(model).name,
-        prompts=prompts.name,
+        prompts=prompts.name if prompts else "samples",
         mode=f"{mode}, {_named(config, sources, max_rows)}" + (f", batches of {batch_size}" if batch_size > 1 else ""),
         compile=compile,
         device=device_name(target.device),
         threads=torch.get_num_threads(),
     )
     result = Result(about)
-    console = Console(stderr=True, quiet=not speaks())
-    console.print("warming up" + (", which compiles every method first" if compile == "full" else ""))
     try:
-        made, result.left_out = warm_up(made, jobs, options, seed if temperature else None)
-        found = measure(made, jobs if made else [], options, repeat, seed if temperature else None)
-        for number, rows in enumerate(found, 1):
-            result.rows += rows
-            if sys.stderr.isatty():
-                console.print(f"{number}/{len(jobs)}", end="\r")
+        with progress() as bar:
+            task = bar.add_task("compiling and warming up" if compile == "full" else "warming up", total=None)
+            made, result.left_out = warm_up(made, jobs, options, seed if temperature else None)
+            bar.update(task, description="measuring", total=len(jobs))
+            for rows in measure(made, jobs if made else [], options, repeat, seed if temperature else None):
+                result.rows += rows
+                bar.advance(task)
     except KeyboardInterrupt:
         result.interrupted = True
-        console.print(f"interrupted: {len({r.prompt for r in result.rows})} of {len(jobs)} were measured")
+        say(f"interrupted: {len({r.prompt for r in result.rows})} of {len(jobs)} were measured")
     except (TypeError, ValueError) as error:
         raise Problem(first_line(error)) from error
     if ranks is not None and not ranks.first:
@@ -194,6 +201,10 @@ def _config(text: str, sources: str | None, max_rows: int | None = None) -> Look
     except ValueError as error:
         raise Problem(f"--config takes auto, or three numbers W,N,G such as 15,5,15; got {text!r}") from error
     return config_of((w, n, g), sources, max_rows, paper=True)
+
+
+def _name_of(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _named(config: str, sources: str | None, max_rows: int | None = None) -> str:
@@ -220,43 +231,51 @@ def _need_matplotlib() -> None:
 
 
 def _show(result: Result) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from ..bench.result import SHORT
 
-    from .result import SHORT
-
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
+    out = console()
     counted = "batches" if any(row.sequences > 1 for row in result.rows) else "prompts"
-    table = Table(
-        "method", counted, "tokens/s", "per step", "rows", "plain", "over best plain", "over hf-greedy", "agrees"
+    lines = result.summary()
+    loops = any(line["looping"] for line in lines)
+
+    def numbers(name: str, form: str, which: int | None = None) -> list[str]:
+        found = [line[name] for line in lines]
+        values: list[Any] = [value if which is None or value is None else value[which] for value in found]  # type: ignore[index]
+        return ["" if value is None else form.format(value) for value in values]
+
+    def quartiles(name: str) -> list[str]:
+        return [f"{v[1]:.2f}-{v[2]:.2f}" if isinstance(v := line[name], list) else "" for line in lines]
+
+    best = result.best_plain
+    show(
+        [
+            Column("method", [f"{line['method']}{'*' if line['looping'] else ''}" for line in lines]),
+            Column("tokens/s", numbers("tokens_per_second", "{:.1f}"), "median over the prompts"),
+            Column("speedup", numbers("over_best_plain", "{:.2f}x", 0), f"over {best}, the best plain decoding here"),
+            Column("quartiles", quartiles("over_best_plain"), "of the speedup, over the prompts"),
+            Column("per step", numbers("mean_acceptance_length", "{:.2f}"), "tokens that a step gives"),
+            Column("rows", numbers("rows_per_step", "{:.1f}"), "tokens that a step feeds to the model"),
+            Column("agrees", [str(line["agrees"]) for line in lines], "outputs like the first method's of that dtype"),
+            Column("plain", numbers("plain_share", "{:.0%}"), "steps that guess nothing"),
+            Column("over hf-greedy", numbers("over_hf_greedy", "{:.2f}x", 0), "over model.generate"),
+            Column(counted, [str(line["prompts"]) for line in lines]),
+        ],
+        out,
     )
-    for line in result.summary():
-        ratios = []
-        for name in ("over_best_plain", "over_hf_greedy"):
-            found = line[name]
-            ratios.append(f"{found[0]:.2f} ({found[1]:.2f}-{found[2]:.2f})" if isinstance(found, list) else "")
-        length = line["mean_acceptance_length"]
-        name = f"{line['method']}{' (loops, short)' if line['looping'] else ''}"
-        speed = f"{line['tokens_per_second']:.1f}"
-        rows, plain = line["rows_per_step"], line["plain_share"]
-        fed = ["" if rows is None else f"{rows:.1f}", "" if plain is None else f"{plain:.0%}"]
-        table.add_row(name, str(line["prompts"]), speed, str(length or ""), *fed, *ratios, str(line["agrees"]))
-    console.print(table)
-    for line in result.summary():
+    for line in lines:
         if line["sources"] and not line["looping"]:
-            console.print(f"{line['method']}: {sources_line(line['sources'])}")
+            out.print(f"{line['method']}: {sources_line(line['sources'])}")
         if line["ranks"] and not line["looping"]:
-            console.print(f"{line['method']}: {ranks_line(line['ranks'])}")
-    if any(line["looping"] for line in result.summary()):
-        console.print(f"(loops, short): half of the 8-grams or more are repeats, or fewer than {SHORT} tokens")
+            out.print(f"{line['method']}: {ranks_line(line['ranks'])}")
+    if loops:
+        out.print(f"* answers that repeat themselves (half of the 8-grams or more), or of fewer than {SHORT} tokens")
     for label, reason in result.left_out.items():
-        console.print(f"{label} does not run here: {reason}")
-    if result.best_plain:
-        console.print(f"best plain baseline: {result.best_plain}; {result.about.mode}; {result.about.device}")
+        out.print(f"{label} does not run here: {reason}")
+    out.print(f"{result.about.mode}; {result.about.device}, {result.about.threads} threads")
     for method in result.methods:
         differs = [row.prompt for looping in (False, True) for row in result.of(method, looping) if not row.agrees]
         if differs and not result.about.mode.startswith("sampled"):
-            console.print(
+            out.print(
                 f"warning: {method} gives other tokens on {len(differs)} prompts ({', '.join(map(str, differs[:5]))}): "
                 "`lookahead verify` says whether that is rounding"
             )
@@ -281,9 +300,8 @@ def ranks_line(counts: Any) -> str:
 
 
 @bench.command("step")
-@click.argument("model")
-@click.option("--dtype", default="float32", show_default=True)
-@click.option("--device")
+@model_options
+@dtype_option
 @click.option("--rows", default="1,2,4,8,16,32,48,64,96,128", show_default=True)
 @click.option("--contexts", default="256,1024,4096", show_default=True)
 @click.option("--repeat", type=click.IntRange(1), default=15, show_default=True)
@@ -291,11 +309,11 @@ def ranks_line(counts: Any) -> str:
 @click.option("--config", default="auto", show_default=True, help="Of the shares: auto, or the paper's with W,N,G.")
 @click.option("--sources", help="Of the shares. Default: all, or the paper's window.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--trust-remote-code", is_flag=True)
 def step(
     model: str,
-    dtype: str,
     device: str | None,
+    trust_remote_code: bool,
+    dtype: str,
     rows: str,
     contexts: str,
     repeat: int,
@@ -303,17 +321,14 @@ def step(
     config: str,
     sources: str | None,
     json_path: Path | None,
-    trust_remote_code: bool,
 ) -> None:
     """t(n): the time of a step by its rows, ours and through the model's own attention with a mask."""
     import torch
-    from rich.console import Console
-    from rich.table import Table
 
+    from ..bench.step import cache_bytes, commit_times, limits, outside_share, step_times
     from ..hf import LookaheadDecoding
     from ..profile import device_name
     from ..target import Target
-    from .step import cache_bytes, commit_times, limits, outside_share, step_times
 
     if started():
         raise Problem("bench step is for one process: start it without torchrun")
@@ -321,20 +336,25 @@ def step(
     sizes, lengths = _numbers("--rows", rows), _numbers("--contexts", contexts)
     target, tokenizer = load(model, dtype, device, trust_remote_code)
     times = []
-    table = Table("context", "rows", "ms", "t(n)/t(1)", "own attention, ms", "speedup")
-    for one in step_times(target, sizes, lengths, repeat, compile):
-        times.append(one)
-        first = next(t.ours for t in times if t.context == one.context)
-        table.add_row(
-            str(one.context),
-            str(one.rows),
-            f"{one.ours:.2f}",
-            f"{one.ours / first:.2f}",
-            "-" if one.stock is None else f"{one.stock:.2f}",
-            "-" if one.stock is None else f"{one.stock / one.ours:.2f}x",
-        )
-    console = Console(highlight=False)
-    console.print(table)
+    with progress() as bar:
+        task = bar.add_task("time of a step", total=len(sizes) * len(lengths))
+        for one in step_times(target, sizes, lengths, repeat, compile):
+            times.append(one)
+            bar.advance(task)
+    first = {one.context: one.ours for one in reversed(times)}
+    stock = ["" if one.stock is None else f"{one.stock:.2f}" for one in times]
+    out = console()
+    show(
+        [
+            Column("context", [str(one.context) for one in times]),
+            Column("rows", [str(one.rows) for one in times], "tokens that the step feeds to the model"),
+            Column("ms", [f"{one.ours:.2f}" for one in times]),
+            Column("t(n)/t(1)", [f"{one.ours / first[one.context]:.2f}" for one in times], "in steps of one row"),
+            Column("own, ms", stock, "with the model's own attention and a mask"),
+            Column("speedup", ["" if one.stock is None else f"{one.stock / one.ours:.2f}x" for one in times]),
+        ],
+        out,
+    )
     machine = limits(target)
     stats = _stats(target, tokenizer, LookaheadDecoding(settings, compile=compile))
     shares = outside_share(stats.seconds)
@@ -343,21 +363,21 @@ def step(
     commits = commit_times(target) if place.strategy.name == "tree" else {}
     held, needed = cache_bytes(target)
     least = ", ".join(f"{machine.milliseconds(n):.2f} ms for {n} rows" for n in sizes)
-    console.print(
+    out.print(
         f"candidates: {place.strategy.name}; attention: {place.attention}; {place.strategy.drawback}".rstrip("; ")
     )
-    console.print(f"the machine allows, roughly (weights read, products computed): {least}")
-    console.print("share of a step: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
-    console.print(f"outside the forward: {outside:.2f} ms per step of {stats.rows_per_step:.1f} rows")
+    out.print(f"the machine allows, roughly (weights read, products computed): {least}")
+    out.print("share of a step: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
+    out.print(f"outside the forward: {outside:.2f} ms per step of {stats.rows_per_step:.1f} rows")
     if commits:
-        console.print("commit: " + ", ".join(f"{ms:.3f} ms at {length}" for length, ms in commits.items()))
-    console.print(f"keys and values: {held:,} bytes for a capacity that needs {needed:,}")
+        out.print("commit: " + ", ".join(f"{ms:.3f} ms at {length}" for length, ms in commits.items()))
+    out.print(f"keys and values: {held:,} bytes for a capacity that needs {needed:,}")
     if json_path is not None:
         content: dict[str, Any] = {
             "command": shlex.join(["lookahead", *sys.argv[1:]]),
             "model": Path(model).name,
             "parameters": sum(p.numel() for p in target.parameters()),
-            "dtype": dtype,
+            "dtype": _name_of(target.dtype),
             "compile": compile,
             "strategy": vars(place.strategy),
             "config": _named(config, sources),

@@ -1,0 +1,1 @@
+"""The `lookahead` command: one module per subcommand, and what they share."""

@@ -1,0 +1,173 @@
+"""`lookahead generate`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ..config import PLAIN, LookaheadConfig
+from ..torchrun import speaks
+from .answers import Answer, answer, batches
+from .loading import Problem, Prompt, encode, first_line, load, read_prompts, sampling
+from .options import dtype_option, lookahead_options, model_options, sampling_options, shared_options, with_ranks
+from .printing import say
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ..ranks import Ranks
+    from ..shared import Namespace
+
+
+@click.command()
+@model_options
+@click.option("-p", "--prompt", help="One prompt. Standard input if neither this nor --prompts is given.")
+@click.option("--prompts", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A JSONL file.")
+@click.option("--field", default="prompt", show_default=True, help="That holds the text, or messages, in --prompts.")
+@click.option("--chat", is_flag=True, help="Put prompts into the model's chat template, as its makers meant.")
+@click.option("--system", help="A system message before each prompt; means --chat.")
+@click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Prompts answered at once.")
+@click.option("--stop", multiple=True, help="Text that ends the answer, which it is part of; may be repeated.")
+@dtype_option
+@sampling_options()
+@lookahead_options
+@shared_options
+@click.option("--plain", is_flag=True, help="Decode plainly, for comparison.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per prompt, and nothing else.")
+@with_ranks
+def generate(
+    model: str,
+    device: str | None,
+    trust_remote_code: bool,
+    prompt: str | None,
+    prompts: Path | None,
+    field: str,
+    chat: bool,
+    system: str | None,
+    batch_size: int,
+    stop: tuple[str, ...],
+    dtype: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+    config: LookaheadConfig,
+    compile: str,
+    shared: Namespace | None,
+    plain: bool,
+    as_json: bool,
+    ranks: Ranks | None,
+) -> None:
+    """Continue one prompt, or every prompt of a file.
+
+    Started with torchrun, all ranks share every step, and the first one prints.
+    """
+    if plain and config != LookaheadConfig():
+        raise Problem("--plain guesses nothing: leave out what is set for lookahead decoding")
+    if temperature == 0 and (top_k is not None or top_p is not None):
+        raise Problem("--top-k and --top-p are for sampling: give a --temperature as well")
+    if "" in stop:
+        raise Problem("--stop needs a text, got an empty one")
+    config = PLAIN if plain else config
+    asked = _asked(prompt, prompts, field, ranks)
+    if chat or system is not None:
+        asked = [one.in_chat(system) for one in asked]
+    target, tokenizer = load(model, dtype, device, trust_remote_code, ranks)
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from ..hf import LookaheadDecoding
+
+    encoded = [
+        encode(target, tokenizer, one, f"prompt {i}" if prompts else "the prompt") for i, one in enumerate(asked, 1)
+    ]
+    options = sampling(temperature, top_k, top_p)
+    if stop:
+        options["stop_strings"] = list(stop)
+    watching = sys.stderr.isatty() and len(encoded) > 1 and speaks()
+    bare = 0
+    with Progress(console=Console(stderr=True), disable=not watching) as progress:
+        task = progress.add_task("prompts", total=len(encoded))
+        first = 0
+        for batch, length in batches(target, encoded, batch_size, max_new_tokens):
+            seeds = [seed + first + i for i in range(len(batch))]
+            printer = _Printer(tokenizer, enabled=not as_json and len(encoded) == 1 and speaks())
+            try:
+                decoding = LookaheadDecoding(
+                    config, tokenizer=tokenizer, seeds=seeds, shared=shared, compile=compile, parallel=ranks
+                )
+                answers = answer(
+                    target,
+                    tokenizer,
+                    batch,
+                    asked[first : first + len(batch)],
+                    decoding,
+                    options | {"max_new_tokens": length},
+                    printer.step,
+                    first,
+                )
+            except (TypeError, ValueError) as error:
+                raise Problem(first_line(error)) from error
+            progress.advance(task, len(batch))
+            for one in answers:
+                bare += isinstance(one.prompt, str) and not one.text.strip() and one.finish_reason == "stop"
+                _show(one, printer, as_json, len(encoded))
+            first += len(batch)
+    if bare and tokenizer.chat_template:
+        say(f"{model} ends {bare} of {len(encoded)} answers at once: it is made for a chat template, try --chat")
+
+
+def _asked(prompt: str | None, prompts: Path | None, field: str, ranks: Ranks | None) -> list[Prompt]:
+    """What was asked on the command line, in a file, or on standard input."""
+    if prompt is not None and prompts is not None:
+        raise Problem("--prompt and --prompts exclude each other: give one of them")
+    if prompts is not None:
+        return read_prompts(prompts, field)
+    if prompt is None:
+        prompt = _standard_input() if ranks is None or ranks.first else ""
+        prompt = prompt if ranks is None else ranks.spoken(prompt)
+    return [Prompt(prompt)]
+
+
+def _standard_input() -> str:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise Problem("no prompt: give one with -p, a file of them with --prompts, or text on standard input")
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Problem("standard input is not UTF-8") from error
+
+
+def _show(one: Answer, printer: _Printer, as_json: bool, answers: int) -> None:
+    if as_json:
+        plain = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
+        print(json.dumps(vars(one), ensure_ascii=plain), flush=True)
+    elif printer.enabled:
+        printer.end(one)
+    else:
+        print(f"── {one.index + 1} of {answers}\n{one.text}\n", flush=True)
+
+
+class _Printer:
+    """Shows one answer while it comes."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, enabled: bool) -> None:
+        from ..text import Detokenizer
+
+        self.enabled = enabled
+        self._detokenizer = Detokenizer(tokenizer)
+
+    def step(self, tokens: tuple[int, ...]) -> None:
+        if self.enabled:
+            print(self._detokenizer.add(tokens), end="", flush=True)
+
+    def end(self, one: Answer) -> None:
+        print(self._detokenizer.add((), last=True), flush=True)
+        if sys.stderr.isatty():
+            line = f"{one.tokens} tokens in {one.steps} steps, {one.tokens_per_second:.1f} tokens/s"
+            print(f"[{line}, {one.finish_reason}]", file=sys.stderr)

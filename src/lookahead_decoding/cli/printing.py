@@ -1,0 +1,81 @@
+"""Tables that are readable in a terminal of any width."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..torchrun import speaks
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+UNKNOWN_WIDTH = 100
+"""Columns where the output goes to a file, and nobody knows how wide it will be shown."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    Attributes:
+        name: its heading, short.
+        meaning: what it says, where the heading does not; printed below the table.
+        cells: of every row; empty ones have nothing to say.
+    """
+
+    name: str
+    cells: Sequence[str]
+    meaning: str = ""
+
+    @property
+    def width(self) -> int:
+        return max(len(self.name), *map(len, self.cells))
+
+
+def console(stderr: bool = False) -> Console:
+    """Where tables go; without colours for numbers."""
+    from rich.console import Console
+
+    known = (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(highlight=False, stderr=stderr, width=None if known else UNKNOWN_WIDTH)
+
+
+def say(message: str) -> None:
+    """One line beside the answers; of several ranks, the first one's."""
+    if speaks():
+        print(f"lookahead: {message}", file=sys.stderr)
+
+
+def progress() -> Progress:
+    """What shows that something goes on, on a terminal; everything over two seconds wants one."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    return Progress(console=Console(stderr=True), disable=not sys.stderr.isatty() or not speaks(), transient=True)
+
+
+def show(columns: Sequence[Column], to: Console) -> None:
+    """Print as many columns as fit, the first ones first, and below what their headings mean.
+
+    Columns without a cell that says something are left out.
+    """
+    shown: list[Column] = []
+    for column in columns:
+        if any(column.cells) and sum(c.width + 2 for c in [*shown, column]) - 2 <= to.width:
+            shown.append(column)
+    for row in range(-1, len(shown[0].cells)):
+        cells = [column.name if row < 0 else column.cells[row] for column in shown]
+        line = [
+            cell.ljust(c.width) if c is shown[0] else cell.rjust(c.width) for c, cell in zip(shown, cells, strict=True)
+        ]
+        to.print("  ".join(line).rstrip(), style="bold" if row < 0 else "", markup=False, soft_wrap=True)
+    explained = [f"{column.name}: {column.meaning}" for column in shown if column.meaning]
+    if explained:
+        to.print()
+        for words in explained:
+            to.print(words, style="dim", markup=False)
+    to.print()

@@ -1,0 +1,77 @@
+"""`lookahead verify`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ..config import LookaheadConfig
+from ..torchrun import speaks
+from .loading import DTYPES, SAMPLES, Problem, encode, first_line, load, read_prompts, room, sampling
+from .options import lookahead_options, model_options, prompt_options, sampling_options, with_ranks
+
+if TYPE_CHECKING:
+    from ..ranks import Ranks
+
+
+@click.command()
+@model_options
+@prompt_options()
+@click.option("--dtype", type=click.Choice(DTYPES[1:]), default="float32", show_default=True)
+@sampling_options()
+@lookahead_options
+@with_ranks
+def verify(
+    model: str,
+    device: str | None,
+    trust_remote_code: bool,
+    prompts: Path | None,
+    field: str,
+    limit: int | None,
+    dtype: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+    config: LookaheadConfig,
+    compile: str,
+    ranks: Ranks | None,
+) -> None:
+    """Compare with plain decoding, token by token, prompt by prompt.
+
+    Prints how many outputs are identical to `model.generate`, and each first divergence with its margin. Exit code 1
+    where one is a bug by the contract in docs/exactness.md.
+    """
+    asked = read_prompts(prompts, field, limit) if prompts else list(SAMPLES)[:limit]
+    target, tokenizer = load(model, dtype, device, trust_remote_code, ranks)
+    import torch
+    from rich.console import Console
+    from rich.progress import track
+
+    from ..exactness import compare
+    from ..hf import LookaheadDecoding
+
+    encoded = [encode(target, tokenizer, one, f"prompt {i}") for i, one in enumerate(asked, 1)]
+    divergences = []
+    console = Console(stderr=True, quiet=not speaks())
+    for i, ids in enumerate(track(encoded, "verifying", console=console, disable=not sys.stderr.isatty()), 1):
+        options = sampling(temperature, top_k, top_p) | {"max_new_tokens": room(target, ids, max_new_tokens)}
+        decoding = LookaheadDecoding(config, compile=compile, parallel=ranks)
+        try:
+            found = compare(target, torch.tensor([ids], device=target.device), decoding, seed + i - 1, **options)
+        except (TypeError, ValueError) as error:
+            raise Problem(first_line(error)) from error
+        if found is not None:
+            divergences.append(found)
+            verdict = "near-tie" if found.near_tie else "BUG"
+            print(
+                f"prompt {i}: differs after {found.position} tokens, margin {found.margin:.2e} "
+                f"(bound {found.bound:.2e}): {verdict}"
+            )
+    print(f"identical {len(encoded) - len(divergences)}/{len(encoded)} in {dtype}")
+    if not all(d.near_tie for d in divergences):
+        raise SystemExit(1)
