@@ -457,6 +457,51 @@ def test_what_cannot_be_honoured_is_refused(options: dict[str, object], message:
         ld.generate(tiny(attn_implementation="eager"), prompt_of(5), **{"max_new_tokens": 4, **options})
 
 
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ("text", "got str: text needs a tokenizer"),
+        ([1, 2], "got list"),
+        ({"input_ids": 1}, r"goes in as \*\*inputs"),
+        (torch.ones(1, 3), "must be integers, got torch.float32"),
+        (torch.ones(3, dtype=torch.long), r"must be \(batch, length\), got shape \(3,\)"),
+        (torch.ones(1, 1, 3, dtype=torch.long), r"got shape \(1, 1, 3\)"),
+        (torch.tensor([[1, 64]]), "has token 64, and the model's go from 0 to 63"),
+        (torch.tensor([[-1, 6]]), "has token -1"),
+    ],
+)
+def test_what_are_no_token_ids_is_said_plainly(ids: object, message: str, tiny: Tiny) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        ld.generate(tiny(), ids, max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"streamer": "x"}, "streamer must have put and end"),
+        ({"tokenizer": "x"}, "tokenizer must be a tokenizer"),
+        ({"propose": 3}, "propose must be a function"),
+        ({"parallel": 2}, r"parallel must be what ld.parallel\(\) gives"),
+        ({"compile": True}, "compile must be one of auto"),
+        ({"seed": "3"}, "seed must be an integer, got '3'"),
+        ({"seed": 3, "seeds": [3]}, "seed and seeds exclude each other"),
+        ({"shared": ld.SharedPool()}, "shared must be a namespace"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_decoding_of_wrong_things_is_not_made(options: dict[str, object], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        ld.LookaheadDecoding(**options)
+
+
+def test_one_seed_counts_up_over_a_batch(tiny: Tiny) -> None:
+    ids, options = prompt_of(5).repeat(3, 1), {"max_new_tokens": 9, "do_sample": True, "eos_token_id": None}
+    wanted = ld.generate(tiny(), ids, seeds=[4, 5, 6], **options).tolist()
+    assert ld.generate(tiny(), ids, seed=4, **options).tolist() == wanted
+    assert ld.generate(tiny(), ids, lookahead=ld.LookaheadDecoding(seed=4), **options).tolist() == wanted
+    assert ld.generate(tiny(), ids, lookahead=ld.LookaheadDecoding(seed=1), seed=4, **options).tolist() == wanted
+
+
 def test_a_cache_of_another_kind_is_refused(tiny: Tiny) -> None:
     model = tiny()
     with pytest.raises(ValueError, match="must be a DynamicCache, got StaticCache"):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from lookahead_decoding import Choice, Stats, build_tree
+from lookahead_decoding import Choice, LookaheadDecoding, Stats, build_tree
+from lookahead_decoding.sources import SourceCount
 
 
 def test_counts_and_ratios_of_two_sequences_of_which_one_ends() -> None:
@@ -22,3 +23,17 @@ def test_counts_and_ratios_of_two_sequences_of_which_one_ends() -> None:
     assert stats.mean_acceptance_length == 5 / 3
     assert stats.step_compression == 7 / 5
     assert stats.accepted_per_step == 2 / 3
+
+
+def test_counts_print_as_one_readable_line_and_as_a_table() -> None:
+    stats = Stats()
+    stats.count([build_tree(1)], [Choice((5,), (0,))])
+    stats.count([build_tree(1, candidates=[(7, 8)])], [Choice((7, 8, 1), (0, 1, 2))])
+    stats.sources = {"suffix": SourceCount(proposed=2, accepted=2)}
+    line = "4 tokens in 2 forwards, 3.00 tokens per step, 3.0 rows per step, 0% of them plain; accepted: suffix 2 of 2"
+    assert repr(stats) == f"<Stats: {line}>"
+    assert "<tr><th>tokens per step</th><td>3.00</td></tr>" in stats._repr_html_()
+    decoding = LookaheadDecoding()
+    assert repr(decoding) == "<LookaheadDecoding: default settings>"
+    decoding.stats = stats
+    assert repr(decoding) == f"<LookaheadDecoding: default settings; last call: {line}>"

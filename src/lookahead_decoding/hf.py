@@ -35,7 +35,7 @@ from transformers.generation.logits_process import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
-from .config import LookaheadConfig
+from .config import COMPILE, LookaheadConfig
 from .decoding import Request, decode
 from .evaluate import CACHE_NAMES, cache_in, cache_name, text_config, unwrapped
 from .following import refuse_what_cannot_follow, state_of
@@ -137,6 +137,37 @@ def _shared(shared: Any, config: LookaheadConfig) -> Namespace | None:
     return shared
 
 
+def _tokenizer(tokenizer: Any) -> Any:
+    if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "decode")):
+        raise TypeError(f"tokenizer must be a tokenizer, as AutoTokenizer gives, got {type(tokenizer).__name__}")
+    return tokenizer
+
+
+def check_ids(model: PreTrainedModel, ids: Any, images: bool = False) -> None:
+    """See that token ids are a tensor of them, in the model's vocabulary.
+
+    Args:
+        images: whether some stand for images, whose numbers may lie outside of it.
+
+    Raises:
+        TypeError, ValueError: they are not; the message says what was given, and what to do.
+    """
+    if not isinstance(ids, torch.Tensor):
+        given = type(ids).__name__
+        what = "a tokenizer's result goes in as **inputs" if isinstance(ids, Mapping) else "text needs a tokenizer"
+        raise TypeError(f"input_ids must be a tensor of token ids, (batch, length), got {given}: {what}")
+    if ids.ndim != 2:
+        raise ValueError(f"input_ids must be (batch, length), got shape {tuple(ids.shape)}")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"input_ids must be integers, got {ids.dtype}")
+    size = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if size is None or images or not ids.numel():
+        return
+    low, high = (int(bound) for bound in ids.aminmax())
+    if low < 0 or high >= size:
+        raise ValueError(f"input_ids has token {low if low < 0 else high}, and the model's go from 0 to {size - 1}")
+
+
 def _seeds(seeds: Any) -> list[int] | None:
     if seeds is None:
         return None
@@ -154,7 +185,8 @@ def _says(value: Any) -> bool:
 class LookaheadDecoding:
     """Lookahead decoding as a `custom_generate` of transformers.
 
-    `generate` hands a custom loop neither its streamer nor its tokenizer, so they are given here.
+    `generate` hands a custom loop neither its streamer nor its tokenizer and says nothing of it, so give them here: a
+    streamer beside `custom_generate=` gets no token.
 
     Args:
         config: the sources, and what is fixed; the defaults if left out.
@@ -163,6 +195,7 @@ class LookaheadDecoding:
         stop_strings: texts that end a sequence.
         seeds: one per sequence, for sampling; each sequence then draws from a generator of its own. With
             several sequences and no seeds they are drawn from torch's generator; with one, torch's is used itself.
+        seed: the first sequence's, from which the others' are counted up, in place of `seeds`.
         propose: a further source of candidates: the text so far (token ids, prompt included) to draft tokens.
         shared: a namespace of a `SharedPool`: candidates come from what its earlier requests have left, and what this
             one answers joins it once it is finished.
@@ -182,26 +215,48 @@ class LookaheadDecoding:
         tokenizer: PreTrainedTokenizerBase | None = None,
         stop_strings: str | Sequence[str] | None = None,
         seeds: Sequence[int] | None = None,
+        seed: int | None = None,
         propose: Propose | None = None,
         shared: Namespace | None = None,
         compile: str = "auto",
         parallel: Ranks | None = None,
     ) -> None:
+        if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+            raise TypeError(f"streamer must have put and end, as TextStreamer has, got {type(streamer).__name__}")
+        if propose is not None and not callable(propose):
+            raise TypeError(f"propose must be a function of the text's tokens, got {type(propose).__name__}")
+        if parallel is not None and not isinstance(parallel, Ranks):
+            raise TypeError(f"parallel must be what ld.parallel() gives, got {type(parallel).__name__}")
+        if compile not in COMPILE:
+            raise ValueError(f"compile must be one of {', '.join(COMPILE)}, got {compile!r}")
         if config is not None and not isinstance(config, LookaheadConfig):
             raise TypeError(f"config must be a LookaheadConfig, got {type(config).__name__}")
         if stop_strings is not None and tokenizer is None:
             raise ValueError("stop_strings needs the tokenizer: pass tokenizer= as well")
         self.config = config or LookaheadConfig()
         self.streamer = streamer
-        self.tokenizer = tokenizer
+        self.tokenizer = _tokenizer(tokenizer)
         self.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
+        if seeds is not None and seed is not None:
+            raise ValueError("seed and seeds exclude each other: give one of them")
+        if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
+            raise TypeError(f"seed must be an integer, got {seed!r}")
         self.seeds = _seeds(seeds)
+        self.seed = seed
         self.propose = propose
         self.shared = _shared(shared, self.config)
         self.compile = compile
         self.parallel = parallel
         self.stats = Stats()
         self.finish_reasons: list[str] = []
+
+    def __repr__(self) -> str:
+        settings = "default settings" if self.config == LookaheadConfig() else repr(self.config)
+        last = f"; last call: {self.stats.summary}" if self.stats.forwards else ""
+        return f"<LookaheadDecoding: {settings}{last}>"
+
+    def _repr_html_(self) -> str:
+        return self.stats._repr_html_()
 
     def __call__(
         self,
@@ -341,6 +396,7 @@ def generate(
     inputs: torch.Tensor | None = None,
     *,
     lookahead: LookaheadConfig | LookaheadDecoding | None = None,
+    seed: int | None = None,
     seeds: Sequence[int] | None = None,
     streamer: BaseStreamer | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -352,7 +408,7 @@ def generate(
         model: any causal language model that can check candidates, also as PEFT or torch.compile wrapped it.
         inputs: token ids, (batch, length); or `input_ids=`, as a tokenizer names them.
         lookahead: the configuration, or a `LookaheadDecoding` whose `stats` are then filled.
-        seeds, streamer, tokenizer: as for `LookaheadDecoding`.
+        seed, seeds, streamer, tokenizer: as for `LookaheadDecoding`.
         kwargs: everything else that `model.generate` takes.
 
     Returns:
@@ -368,7 +424,8 @@ def generate(
         base.config,
         streamer=streamer if streamer is not None else base.streamer,
         tokenizer=tokenizer if tokenizer is not None else base.tokenizer,
-        seeds=seeds if seeds is not None else base.seeds,
+        seeds=base.seeds if seeds is None and seed is None else seeds,
+        seed=base.seed if seeds is None and seed is None else seed,
         propose=base.propose,
         shared=base.shared,
         compile=base.compile,
@@ -407,6 +464,12 @@ def call_generate(model: PreTrainedModel, decoding: LookaheadDecoding, loop: Any
         raise ValueError(f"assistant_tokenizer: {_ASSISTED}")
     if kwargs.get("cache_implementation") == "paged":
         raise ValueError("cache_implementation='paged' is continuous batching: use model.generate_batch")
+    for name in ("inputs", "input_ids"):
+        if kwargs.get(name) is not None:
+            check_ids(model, kwargs[name], images=any(_says(kwargs.get(other)) for other in _PROMPT_INPUTS))
+    for name in ("max_new_tokens", "max_length"):
+        if isinstance(kwargs.get(name), str):
+            raise TypeError(f"{name} must be an integer, got {kwargs[name]!r}")
     config = kwargs.get("generation_config")
     if config is not None and not isinstance(config, GenerationConfig):
         raise TypeError(f"generation_config must be a GenerationConfig, got {type(config).__name__}")
@@ -515,7 +578,8 @@ def _requests(
     batch = len(ids)
     stop_ids = {t for c in criteria if type(c) is EosTokenCriteria for t in c.eos_token_id.tolist()}
     others = [c for c in criteria if type(c) is not EosTokenCriteria and not isinstance(c, MaxLengthCriteria)]
-    generators = _generators(decoding.seeds, batch, bool(config.do_sample), ids.device)
+    seeds = decoding.seeds if decoding.seed is None else [decoding.seed + number for number in range(batch)]
+    generators = _generators(seeds, batch, bool(config.do_sample), ids.device)
     pad = config._pad_token_tensor
     together = decoding.parallel is not None and decoding.parallel.size > 1
     requests = []
@@ -563,7 +627,7 @@ def _agree(
             "stopping_criteria": [type(c).__name__ for c in criteria],
             "stop_strings": decoding.stop_strings,
             "further sources": [n for n in ("propose", "shared") if getattr(decoding, n) is not None],
-            "seeds": decoding.seeds,
+            "seeds": (decoding.seed, decoding.seeds),
             "compile": decoding.compile,
             "inputs": {name: zlib.crc32(repr(state_of(value)).encode()) for name, value in inputs.items()},
         }

@@ -28,6 +28,8 @@ def save_pool(pool: SharedPool, path: str | Path) -> None:
     Raises:
         OSError: the file cannot be written.
     """
+    if not isinstance(pool, SharedPool):
+        raise TypeError(f"pool must be a SharedPool, got {type(pool).__name__}")
     tensors: dict[str, np.ndarray[Any, np.dtype[np.int32]]] = {}
     entries: list[dict[str, Any]] = []
     for number, namespace in enumerate(pool.namespaces.values()):

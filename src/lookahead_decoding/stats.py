@@ -12,7 +12,7 @@ from .tree import TokenTree
 PHASES = ("plan", "forward", "choose", "observe", "commit")
 
 
-@dataclass
+@dataclass(repr=False)
 class Stats:
     """Counts of one call of `generate`, over all its sequences.
 
@@ -59,6 +59,31 @@ class Stats:
     collectives: int = 0
     message_bytes: int = 0
     sent_bytes: int = 0
+
+    @property
+    def summary(self) -> str:
+        """The counts in words."""
+        fed = f"{self.rows_per_step:.1f} rows per step, {self.plain_share:.0%} of them plain"
+        drafts = ", ".join(f"{name} {one.accepted} of {one.proposed}" for name, one in self.sources.items())
+        given = f"{self.tokens} tokens in {self.forwards} forwards, {self.mean_acceptance_length:.2f} tokens per step"
+        return f"{given}, {fed}" + (f"; accepted: {drafts}" if drafts else "")
+
+    def __repr__(self) -> str:
+        return f"<Stats: {self.summary}>"
+
+    def _repr_html_(self) -> str:
+        """A table, for notebooks."""
+        facts = {
+            "tokens": self.tokens,
+            "forwards": self.forwards,
+            "tokens per step": f"{self.mean_acceptance_length:.2f}",
+            "rows per step": f"{self.rows_per_step:.1f}",
+            "plain steps": f"{self.plain_share:.0%}",
+        }
+        for name, one in self.sources.items():
+            facts[f"drafts of {name}"] = f"{one.accepted} of {one.proposed} accepted"
+        rows = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in facts.items())
+        return f"<table>{rows}</table>"
 
     def count(self, trees: Sequence[TokenTree | None], choices: Sequence[Choice | None]) -> None:
         """Add one forward: the trees that were fed and what came of each."""

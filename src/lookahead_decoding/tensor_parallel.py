@@ -27,6 +27,8 @@ def divide(model: PreTrainedModel, ranks: Ranks) -> PreTrainedModel:
     Raises:
         ValueError: transformers has no plan for such a model, or cannot divide it so.
     """
+    if not isinstance(ranks, Ranks):
+        raise TypeError(f"ranks must be what ld.parallel() gives, got {type(ranks).__name__}")
     if ranks.tensor_parallel == 1:
         return model.to(ranks.device)
     kind = model.config.model_type

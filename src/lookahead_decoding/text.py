@@ -130,13 +130,20 @@ def stream(
         raise ValueError("attention_mask: a stream has one prompt without padding; leave it out")
     if (prompt is None) == (messages is None):
         raise TypeError("give a prompt or messages, one of them")
+    if tokenizer is None:
+        raise TypeError("tokenizer must be a tokenizer, as AutoTokenizer gives, got None")
+    model = unwrapped(model)
+    if isinstance(messages, str):
+        raise TypeError("messages must be a sequence of mappings with 'role' and 'content', got a text")
     if messages is not None:
         prompt = chat_ids(tokenizer, messages)
     if isinstance(prompt, torch.Tensor):
         if prompt.ndim > 1 and len(prompt) != 1:
             raise TypeError(f"prompt must be one text or the token ids of one, got shape {tuple(prompt.shape)}")
         prompt = prompt.flatten().tolist()
-    ids: list[int] = tokenizer(prompt).input_ids if isinstance(prompt, str) else list(prompt or ())
+    if not isinstance(prompt, str | Sequence):
+        raise TypeError(f"prompt must be one text or the token ids of one, got {prompt!r}")
+    ids: list[int] = tokenizer(prompt).input_ids if isinstance(prompt, str) else list(prompt)
     if not all(isinstance(t, int) for t in ids):
         raise TypeError(f"prompt must be one text or the token ids of one, got {prompt!r}")
     if not ids:
@@ -150,7 +157,6 @@ def stream(
         compile=compile,
         parallel=parallel,
     )
-    model = unwrapped(model)
     input_ids = torch.tensor([ids], device=device_of(model))
     run: Run = call_generate(
         model, decoding, decoding.prepare, inputs=input_ids, attention_mask=torch.ones_like(input_ids), **kwargs
