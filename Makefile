@@ -1,4 +1,4 @@
-# Each target makes .venv if it is not there and installs what it needs.
+# Each target installs what it needs where that is not there: into .venv for developers, into .demo for the demo.
 PYTHON ?= python3
 RUN = .venv/bin
 
@@ -15,8 +15,14 @@ OLDEST = 5.16.0
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: .venv/.installed  ## watch pocket write Python, plain and with lookahead decoding
-	$(RUN)/lookahead demo
+.demo/.installed: pyproject.toml constraints.txt $(shell find src -name '*.py')
+	@echo 'Installing the package, PyTorch for CPUs and transformers into .demo; some minutes, and about 1 GB.'
+	$(PYTHON) -m venv .demo
+	.demo/bin/python -m pip install --disable-pip-version-check --no-warn-conflicts -c constraints.txt $(TORCH) .
+	@touch $@
+
+demo: .demo/.installed  ## watch pocket write Python, plain and with lookahead decoding
+	.demo/bin/lookahead demo
 
 test: .venv/.installed  ## the whole test suite; DATA=folder adds the tests that need data sets and models
 	$(RUN)/pytest -n 2 $(if $(DATA),--data=$(DATA))
