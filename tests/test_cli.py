@@ -15,7 +15,7 @@ import lookahead_decoding as ld
 from lookahead_decoding.cli import demo
 from lookahead_decoding.cli import main as cli
 from lookahead_decoding.cli.chat import Talk
-from lookahead_decoding.cli.loading import Problem, load
+from lookahead_decoding.cli.loading import SAMPLES, Problem, load, samples
 from lookahead_decoding.cli.printing import Column, show
 
 KEYS = [
@@ -217,6 +217,13 @@ def test_a_prompt_of_messages_is_put_into_the_template(tmp_path: Path, capsys, m
     assert systematic["prompt_tokens"] > answers[0]["prompt_tokens"]
     code, _, err = run(capsys, monkeypatch, "generate", "pocket", "-p", "a", "--chat")
     assert (code, err) == (2, "lookahead: the prompt: the tokenizer has no chat template: give the prompt as text\n")
+
+
+def test_samples_are_put_into_the_template_of_a_model_that_has_one() -> None:
+    _, tokenizer = load("pocket", "float32", "cpu", False)
+    assert samples(tokenizer, 2) == list(SAMPLES[:2])
+    tokenizer.chat_template = "{{ messages }}"
+    assert samples(tokenizer) == [sample.in_chat() for sample in SAMPLES]
 
 
 def test_a_terminal_without_a_prompt_is_told_so(capsys, monkeypatch) -> None:

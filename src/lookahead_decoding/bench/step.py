@@ -9,6 +9,7 @@ from functools import partial
 from statistics import median
 
 import torch
+from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from ..target import Target
@@ -72,7 +73,8 @@ class Limits:
     Attributes:
         weight_bytes: of all weights but the embedding, of which a step looks up a few rows.
         bytes_per_s: read by a sum over 512 MiB.
-        operations_per_s: of a product of two matrices of 2,048 x 2,048 in the model's dtype, two per multiply-add.
+        operations_per_s: of a linear layer of 256 to 4,096 features with as many rows in the model's dtype, two per
+            multiply-add: the largest before one takes 50 ms.
         products: multiply-adds of a row.
     """
 
@@ -92,12 +94,16 @@ def limits(model: PreTrainedModel) -> Limits:
     looked_up = {id(model.get_input_embeddings().weight)} - {id(getattr(model.get_output_embeddings(), "weight", None))}
     weights = [p for p in model.parameters() if id(p) not in looked_up]
     memory = torch.ones(1 << 27, device=model.device)
-    square = torch.randn(2048, 2048, device=model.device).to(model.dtype)
-    read, product = seconds([lambda: memory.sum().item(), lambda: (square @ square)[0, 0].item()], 7)
+    (read,) = seconds([lambda: memory.sum().item()], 7)
+    size, product = 128, 0.0
+    while size < 4096 and product < 0.05:
+        size *= 2
+        square = torch.randn(size, size, device=model.device).to(model.dtype)
+        (product,) = seconds([lambda: linear(square, square)[0, 0].item()], 5)  # noqa: B023  # called at once
     return Limits(
         weight_bytes=sum(p.nbytes for p in weights),
         bytes_per_s=memory.nbytes / read,
-        operations_per_s=2 * 2048**3 / product,
+        operations_per_s=2 * size**3 / product,
         products=sum(p.numel() for p in weights if p.ndim > 1),
     )
 

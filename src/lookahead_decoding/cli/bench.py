@@ -13,7 +13,7 @@ import click
 from ..bench import METHODS
 from ..config import COMPILE, LookaheadConfig
 from ..torchrun import started
-from .loading import DTYPES, SAMPLES, Problem, encode, first_line, load, read_prompts, room, sampling
+from .loading import DTYPES, Problem, encode, first_line, load, read_prompts, room, samples, sampling
 from .options import config_of, dtype_option, model_options, prompt_options, with_ranks
 from .printing import Column, console, progress, say, show
 
@@ -113,7 +113,7 @@ def run(
         raise Problem("--replay forces the tokens of one prompt at a time: leave --temperature and --batch-size out")
     if replay is not None and prompts is None:
         raise Problem("--replay names a field of --prompts: give that as well")
-    asked = read_prompts(prompts, field, limit) if prompts else list(SAMPLES)[:limit]
+    asked = read_prompts(prompts, field, limit) if prompts else []
     settings = _config(config, sources, max_rows)
     wanted = [name.strip().partition("@")[::2] for name in methods.split(",")]
     for name, own in wanted:
@@ -143,7 +143,7 @@ def run(
     if ranks is not None and not ranks.first:
         made = [method for method in made if method.shared]
     target, tokenizer = next(iter(loaded.values()))
-    asked = [one.in_chat() for one in asked] if chat else asked
+    asked = [one.in_chat() if chat else one for one in asked] or samples(tokenizer, limit)
     ids = [encode(target, tokenizer, one, f"prompt {i}") for i, one in enumerate(asked, 1)]
     options = sampling(temperature) | {"max_new_tokens": min(room(target, p, max_new_tokens) for p in ids)}
     stop, pad = target.generation_config.eos_token_id, target.generation_config.pad_token_id

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..config import LookaheadConfig
-from .loading import SAMPLES, Problem, encode, first_line, load, read_prompts, room
+from .loading import Problem, encode, first_line, load, read_prompts, room, samples
 from .options import compile_option, dtype_option, model_options, prompt_options
 from .printing import console, progress
 
@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 LITTLE = 1.05
 """A speedup below this is not worth the name."""
 
+TOKENS = 128
+FEWEST = 32
+PATIENCE = 180
+"""Tokens of an answer, and the seconds that all answers may take before there are fewer tokens."""
+
 LARGEST = 8 << 30
 """Bytes of a model that is loaded a second time, in another dtype, to compare."""
 
@@ -34,11 +39,16 @@ RUNS = {"off": "as the model is", "packed": "packed weights", "graphs": "capture
 
 @dataclass(frozen=True)
 class Way:
-    """A dtype and how its steps run."""
+    """A dtype and how its steps run.
+
+    Attributes:
+        seconds: of a token in plain decoding, roughly.
+    """
 
     dtype: str
     compile: str
     model: PreTrainedModel
+    seconds: float = 0.0
 
     @property
     def name(self) -> str:
@@ -47,16 +57,14 @@ class Way:
 
 @click.command()
 @model_options
-@prompt_options(many=3)
+@prompt_options(many=4)
 @click.option("--chat", is_flag=True, help="Put prompts into the model's chat template.")
 @click.option(
     "-n",
     "--max-new-tokens",
     "--max-tokens",
     type=click.IntRange(16),
-    default=128,
-    show_default=True,
-    help="Of each answer.",
+    help="Of each answer.  [default: 128, or fewer where that takes more than three minutes]",
 )
 @dtype_option
 @compile_option
@@ -69,7 +77,7 @@ def doctor(
     field: str,
     limit: int,
     chat: bool,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     dtype: str,
     compile: str,
     as_json: bool,
@@ -79,16 +87,19 @@ def doctor(
     Plain decoding, lookahead decoding and `model.generate` take turns on a few prompts, in the dtypes and ways to run a
     step that this machine has, unless --dtype and --compile choose. Ends with one recommendation to copy.
     """
-    asked = read_prompts(prompts, field, limit) if prompts else list(SAMPLES)[:limit]
-    asked = [one.in_chat() for one in asked] if chat else asked
+    asked = read_prompts(prompts, field, limit) if prompts else []
     target, tokenizer = load(model, dtype, device, trust_remote_code)
     from ..bench.methods import Job
 
+    asked = [one.in_chat() if chat else one for one in asked] or samples(tokenizer, limit)
     ids = [encode(target, tokenizer, one, f"prompt {i}") for i, one in enumerate(asked, 1)]
     jobs = [Job((tuple(p),)) for p in ids]
-    length = min(room(target, p, max_new_tokens) for p in ids)
+    length = min(room(target, p, max_new_tokens or TOKENS) for p in ids)
     try:
         ways = _ways(model, target, dtype, compile, device, trust_remote_code, jobs)
+        if max_new_tokens is None:  # the race is that of every way, and of a warm-up of two answers, three times
+            token = 3 * (len(jobs) + 2) * sum(way.seconds for way in ways)
+            length = max(FEWEST, min(length, int(PATIENCE / token)))
         result = _race(ways, jobs, length)
     except (TypeError, ValueError) as error:
         raise Problem(first_line(error)) from error
@@ -123,19 +134,19 @@ def _ways(
                 if not why_not(one) and copied_bytes(one) <= PACKED_UNASKED:
                     kinds = ["off", "packed"]
             of_dtype = str(one.dtype).removeprefix("torch.")
-            ways = [Way(of_dtype, kind, one) for kind in kinds]
-            found.append(min(ways, key=lambda way: _seconds(way, jobs[0])) if len(ways) > 1 else ways[0])
+            ways = [_timed(Way(of_dtype, kind, one), jobs[0]) for kind in kinds]
+            found.append(min(ways, key=lambda way: way.seconds))
             bar.advance(task)
     return found
 
 
-def _seconds(way: Way, job: Job, tokens: int = 24) -> float:
-    """Of a short plain answer, the second time."""
+def _timed(way: Way, job: Job, tokens: int = 24) -> Way:
+    """The way with the time of its tokens: of a short plain answer, the third time."""
     from ..bench.methods import answer, make
 
     method = make("autoregressive", way.dtype, way.model, LookaheadConfig(), way.compile)
     options = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    return [answer(method, job, options)[2] for _ in range(3)][-1]
+    return replace(way, seconds=[answer(method, job, options)[2] for _ in range(3)][-1] / tokens)
 
 
 def _race(ways: Sequence[Way], jobs: Sequence[Job], length: int) -> Result:

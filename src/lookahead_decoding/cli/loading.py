@@ -140,11 +140,31 @@ class Prompt:
 
 
 SAMPLES = (
-    Prompt('def mean(numbers):\n    """The mean of a list of numbers."""\n'),
-    Prompt("Question: A train runs 60 miles in an hour. How far does it run in 3 hours?\nAnswer:"),
-    Prompt("Once upon a time there was a small town by the sea."),
+    Prompt(
+        "Write a Python class Stack with the methods push, pop, peek and size, and say in its docstring what each does."
+    ),
+    Prompt(
+        "Add type hints to this function and change nothing else:\n\n"
+        "def mean(numbers, weights=None):\n"
+        '    """The weighted mean of a list of numbers."""\n'
+        "    if weights is None:\n"
+        "        weights = [1.0] * len(numbers)\n"
+        "    total = 0.0\n"
+        "    for number, weight in zip(numbers, weights):\n"
+        "        total += number * weight\n"
+        "    return total / sum(weights)\n"
+    ),
+    Prompt(
+        "A train leaves at nine and runs 60 miles in an hour; another leaves at ten and runs 80. When and where does "
+        "the second one catch up? Explain step by step."
+    ),
+    Prompt("Describe how bread is made, from the grain to the loaf."),
 )
-"""Prompts for who gives none."""
+
+
+def samples(tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> list[Prompt]:
+    """Prompts for who gives none: code, an edit, a sum and prose, in the chat template of a model that has one."""
+    return [one.in_chat() if tokenizer.chat_template else one for one in SAMPLES[:limit]]
 
 
 def read_prompts(path: Path, field: str, limit: int | None = None) -> list[Prompt]:

@@ -205,7 +205,7 @@ def prompt_options(many: int | None = None) -> Callable[[Callable[..., None]], C
             click.option(
                 "--prompts",
                 type=click.Path(exists=True, dir_okay=False, path_type=Path),
-                help="A JSONL file of your own.  [default: three samples]",
+                help="A JSONL file of your own.  [default: four samples, in the chat template of a model that has one]",
             ),
         ):
             command = option(command)

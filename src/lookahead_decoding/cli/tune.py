@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..config import MAX_ROWS, PLAIN
-from .loading import SAMPLES, Problem, encode, first_line, load, read_prompts, room
+from .loading import Problem, encode, first_line, load, read_prompts, room, samples
 from .options import compile_option, dtype_option, model_options, prompt_options
 from .printing import Column, console, progress, show
 
@@ -56,7 +56,7 @@ def tune(
     t(n) is the time of a step that feeds n tokens to the model. Expected speedups are tokens per step at the measured
     times of such steps, over plain decoding of the same model in the same dtype; `lookahead bench` measures real ones.
     """
-    asked = read_prompts(prompts, field, limit) if prompts else list(SAMPLES)[:limit]
+    asked = read_prompts(prompts, field, limit) if prompts else []
     target, tokenizer = load(model, dtype, device, trust_remote_code)
     from .. import profile
     from ..bench.methods import of_steps
@@ -64,7 +64,7 @@ def tune(
     from ..bench.tune import GRID
     from ..target import Target
 
-    ids = [encode(target, tokenizer, one, f"prompt {i}") for i, one in enumerate(asked, 1)]
+    ids = [encode(target, tokenizer, one, f"prompt {i}") for i, one in enumerate(asked or samples(tokenizer, limit), 1)]
     length = min(room(target, p, max_new_tokens) for p in ids)
     forwards, tuning, found = measured(target, ids, length, compile, GRID)
     machine = Target(target, 8, compile=compile).machine

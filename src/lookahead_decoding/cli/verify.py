@@ -10,7 +10,7 @@ import click
 
 from ..config import LookaheadConfig
 from ..torchrun import speaks
-from .loading import DTYPES, SAMPLES, Problem, encode, first_line, load, read_prompts, room, sampling
+from .loading import DTYPES, Problem, encode, first_line, load, read_prompts, room, samples, sampling
 from .options import lookahead_options, model_options, prompt_options, sampling_options, with_ranks
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def verify(
     Prints how many outputs are identical to `model.generate`, and each first divergence with its margin. Exit code 1
     where one is a bug by the contract in docs/exactness.md.
     """
-    asked = read_prompts(prompts, field, limit) if prompts else list(SAMPLES)[:limit]
+    asked = read_prompts(prompts, field, limit) if prompts else []
     target, tokenizer = load(model, dtype, device, trust_remote_code, ranks)
     import torch
     from rich.console import Console
@@ -55,6 +55,7 @@ def verify(
     from ..exactness import compare
     from ..hf import LookaheadDecoding
 
+    asked = asked or samples(tokenizer, limit)
     encoded = [encode(target, tokenizer, one, f"prompt {i}") for i, one in enumerate(asked, 1)]
     divergences = []
     console = Console(stderr=True, quiet=not speaks())
