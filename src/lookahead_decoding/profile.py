@@ -12,7 +12,6 @@ import math
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import platformdirs
 import torch
 import transformers
 
+from . import __version__
 from .files import replace
 
 FORMAT = 1
@@ -44,7 +44,7 @@ class Machine:
     threads: int
     how: str
     batch: int
-    version: str = metadata.version("lookahead-decoding")
+    version: str = __version__
     torch: str = torch.__version__
     transformers: str = transformers.__version__
 
