@@ -53,7 +53,7 @@ def compare(model: PreTrainedModel, batches: list[list[list[int]]], options: dic
                 stats.append(counted)
         if turn > 1:
             ratios.append(found["plain"] / found["default"])
-    low, middle, high = quantiles(ratios, n=4)
+    low, middle, high = quantiles(ratios, n=4, method="inclusive")
     return {
         "over_plain": [round(middle, 3), round(low, 3), round(high, 3)],
         "calls": len(ratios),

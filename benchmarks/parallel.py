@@ -120,7 +120,7 @@ def summary(rows: list[Row], dtype: str) -> dict[str, Any]:
     ratios = {}
     for name, (one, other) in RATIOS.items():
         found = [speed / speeds[other][prompt] for prompt, speed in speeds[one].items()]
-        low, middle, high = quantiles(found, n=4) if len(found) > 1 else (found[0],) * 3
+        low, middle, high = quantiles(found, n=4, method="inclusive") if len(found) > 1 else (found[0],) * 3
         ratios[name] = [round(middle, 3), round(low, 3), round(high, 3)]
     lengths: dict[str, list[float]] = {}
     for row in kept:

@@ -233,20 +233,30 @@ def test_a_terminal_without_a_prompt_is_told_so(capsys, monkeypatch) -> None:
     assert err == "lookahead: no prompt: give one with -p, a file of them with --prompts, or text on standard input\n"
 
 
-@pytest.mark.parametrize(("width", "shown"), [(80, ["first", "second", "third"]), (20, ["first", "second"])])
-def test_a_table_has_the_columns_that_fit(width: int, shown: list[str]) -> None:
+@pytest.mark.parametrize(("width", "shown"), [(80, "abcdefg"), (20, "abc")])
+def test_a_table_has_the_first_columns_that_fit(width: int, shown: str) -> None:
     out = Console(width=width, file=StringIO())
+    empty = Column("empty", ["", ""])
     columns = [
-        Column("first", ["a method", "b"]),
-        Column("empty", ["", ""]),
-        Column("second", ["1", "22"], "what it means"),
-        Column("third", ["3", ""]),
+        Column("", ["x", "y"]),
+        empty,
+        *(Column(name, ["1.0", "2.0"], f"what {name} says") for name in "abcdefg"),
     ]
     show(columns, out)
     lines = out.file.getvalue().splitlines()
-    assert lines[0].split() == shown
-    assert lines[4] == "second: what it means" if width == 80 else lines[4].startswith("second: what it")
+    assert lines[0].split() == list(shown)
+    assert lines[4] == "a: what a says"
     assert max(map(len, lines)) <= width
+
+
+def test_a_table_that_is_too_wide_numbers_its_rows() -> None:
+    out = Console(width=20, file=StringIO())
+    columns = [Column("method", ["a long name", "another"]), *(Column(name, ["1.0", "2.0"]) for name in "abcdefg")]
+    show(columns, out)
+    lines = out.file.getvalue().splitlines()
+    assert lines[0].split() == ["a", "b", "c"]
+    assert lines[1].split() == ["1", "1.0", "1.0", "1.0"]
+    assert lines[4:6] == ["1: a long name", "2: another"]
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ class Result:
         ratios = [r.tokens_per_second / others[r.prompt] for r in self.of(method, looping) if r.prompt in others]
         if not ratios:
             return None
-        low, middle, high = quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
+        low, middle, high = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else (ratios[0],) * 3
         return middle, low, high
 
     def summary(self) -> list[dict[str, object]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from ..torchrun import speaks
@@ -12,6 +13,9 @@ from ..torchrun import speaks
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
+
+ENOUGH = 4
+"""Columns that a table should have, the names of its rows among them."""
 
 UNKNOWN_WIDTH = 100
 """Columns where the output goes to a file, and nobody knows how wide it will be shown."""
@@ -58,15 +62,24 @@ def progress() -> Progress:
     return Progress(console=Console(stderr=True), disable=not sys.stderr.isatty() or not speaks(), transient=True)
 
 
+def _that_fit(columns: Sequence[Column], width: int) -> list[Column]:
+    """The first columns, as many as fit beside each other."""
+    ends = accumulate(column.width + 2 for column in columns)
+    return [column for column, end in zip(columns, ends, strict=True) if end - 2 <= width]
+
+
 def show(columns: Sequence[Column], to: Console) -> None:
     """Print as many columns as fit, the first ones first, and below what their headings mean.
 
-    Columns without a cell that says something are left out.
+    Columns without a cell that says something are left out. Where fewer than `ENOUGH` fit, the rows are numbered, and
+    their names stand below.
     """
-    shown: list[Column] = []
-    for column in columns:
-        if any(column.cells) and sum(c.width + 2 for c in [*shown, column]) - 2 <= to.width:
-            shown.append(column)
+    names, *others = [column for column in columns if any(column.cells)]
+    shown = _that_fit([names, *others], to.width)
+    numbered = len(shown) < min(ENOUGH, 1 + len(others))
+    if numbered:
+        numbers = Column("", [str(number) for number in range(1, len(names.cells) + 1)])
+        shown = _that_fit([numbers, *others], to.width)
     for row in range(-1, len(shown[0].cells)):
         cells = [column.name if row < 0 else column.cells[row] for column in shown]
         line = [
@@ -74,6 +87,8 @@ def show(columns: Sequence[Column], to: Console) -> None:
         ]
         to.print("  ".join(line).rstrip(), style="bold" if row < 0 else "", markup=False, soft_wrap=True)
     explained = [f"{column.name}: {column.meaning}" for column in shown if column.meaning]
+    if numbered:
+        explained = [f"{number}: {name}" for number, name in enumerate(names.cells, 1)] + explained
     if explained:
         to.print()
         for words in explained:
