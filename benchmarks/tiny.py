@@ -147,6 +147,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"head_dim": 8},
     "hrm_text": {"num_hidden_layers": 2},  # each runs eight times, and makes much of a difference of rounding
     "inkling2_text": {"rel_extent": 64, "n_layers_per_attn_res_block": 2, "unpadded_vocab_size": 64},
+    "inkling2_loop_text": {"rel_extent": 64, "unpadded_vocab_size": 64},
     "inkling_text": {"rel_extent": 64},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 3, "expert_layer_offset": 0},
     "laguna": {"layer_types": HALF_SLIDING},

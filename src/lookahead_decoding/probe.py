@@ -91,7 +91,12 @@ def probe(model: PreTrainedModel) -> Strategy:
     if model.config.is_encoder_decoder:
         raise ValueError(_refusal(model, "it is an encoder-decoder"))
     known = memory_of(model).probed
-    if cache_name(model.forward) is None or keeps_states_alone(config):
+    try:
+        no_cache = cache_name(model.forward) is None or keeps_states_alone(config)
+    except Exception as error:  # a configuration that transformers itself makes no cache from
+        reason = f"transformers makes no cache for it ({type(error).__name__}: {error})"
+        raise ValueError(_refusal(model, reason)) from error
+    if no_cache:
         raise ValueError(_refusal(model, "its forward takes no cache of keys and values, to keep the text in"))
     key = (own, model.dtype, device_of(model))
     if key not in known:

@@ -362,7 +362,7 @@ def step(
     place = Target(target, 8, compile=compile)
     commits = commit_times(target) if place.strategy.name == "tree" else {}
     held, needed = cache_bytes(target)
-    least = ", ".join(f"{machine.milliseconds(n):.2f} ms for {n} rows" for n in sizes)
+    least = ", ".join(f"{machine.milliseconds(n):.2f} ms for {n} row{'s' if n > 1 else ''}" for n in sizes)
     out.print(
         f"candidates: {place.strategy.name}; attention: {place.attention}; {place.strategy.drawback}".rstrip("; ")
     )

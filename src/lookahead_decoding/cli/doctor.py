@@ -13,7 +13,7 @@ import click
 from ..config import LookaheadConfig
 from .loading import Problem, encode, first_line, load, read_prompts, room, samples
 from .options import compile_option, dtype_option, model_options, prompt_options
-from .printing import console, progress
+from .printing import Column, console, item, progress, show
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -259,14 +259,12 @@ def _report(
         )
     wide = max(len(name) for name, _ in pairs) + 2
     for name, value in pairs:
-        out.print(f"{name.ljust(wide)}{value}", markup=False)
+        item(f"{name.ljust(wide)}{value}", out)
     out.print()
-    wide = max(map(len, speeds)) + 2
-    for method in sorted(speeds, key=speeds.__getitem__, reverse=True):
-        out.print(f"{method.ljust(wide)}{speeds[method]:6.1f} tokens/s", markup=False)
-    out.print()
+    methods = sorted(speeds, key=speeds.__getitem__, reverse=True)
+    show([Column("method", methods), Column("tokens/s", [f"{speeds[method]:.1f}" for method in methods])], out)
     for line in advice:
-        out.print(f"* {line}", markup=False)
+        item(f"* {line}", out)
     out.print(verdict(speedup, best), style="bold", markup=False)
     out.print(f"\n{command}\n", markup=False, soft_wrap=True)
     out.print(python, markup=False, soft_wrap=True)

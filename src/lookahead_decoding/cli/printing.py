@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 from ..torchrun import speaks
@@ -60,6 +61,11 @@ def progress() -> Progress:
     from rich.progress import Progress
 
     return Progress(console=Console(stderr=True), disable=not sys.stderr.isatty() or not speaks(), transient=True)
+
+
+def item(text: str, to: Console) -> None:
+    """Print an item of a list, whose further lines are set in."""
+    to.print(fill(text, to.width, subsequent_indent="  "), markup=False)
 
 
 def _that_fit(columns: Sequence[Column], width: int) -> list[Column]:
