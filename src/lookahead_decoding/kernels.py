@@ -19,6 +19,63 @@ KEYS = 64
 
 
 @triton.jit
+def _block(
+    q, best, total, mean, keys_at, values_at, base, node, depth, window, live, first, length, stop,
+    scale, softcap, k_slot, v_slot, r_row,
+    COMMITTED: tl.constexpr, HAS_CAP: tl.constexpr, SIZE: tl.constexpr, V_SIZE: tl.constexpr, SIZE_P: tl.constexpr,
+    V_SIZE_P: tl.constexpr, KEYS: tl.constexpr, PRECISE: tl.constexpr,
+):  # fmt: skip
+    """The running softmax of a tile after one more block of keys.
+
+    A block of committed slots that all rows see (COMMITTED) needs no mask; any other looks up who sees whom.
+    """
+    keys = tl.arange(0, KEYS)
+    dims, v_dims = tl.arange(0, SIZE_P), tl.arange(0, V_SIZE_P)
+    slot = first + keys
+    inside = slot < stop
+    far = tl.zeros([], tl.int64) + first  # the offset of a slot may pass 31 bits, that within a block does not
+    k_at = keys_at + far * k_slot + keys[None, :] * k_slot + dims[:, None]
+    v_at = values_at + far * v_slot + keys[:, None] * v_slot + v_dims[None, :]
+    if not COMMITTED:
+        k = tl.load(k_at, mask=inside[None, :] & (dims < SIZE)[:, None], other=0.0)
+    elif SIZE == SIZE_P:
+        k = tl.load(k_at)
+    else:
+        k = tl.load(k_at, mask=(dims < SIZE)[:, None], other=0.0)
+    scores = (tl.dot(q, k, input_precision="ieee") if PRECISE else tl.dot(q, k)) * scale
+    if HAS_CAP:
+        scaled = scores / softcap
+        scores = softcap * (2.0 / (1.0 + tl.exp(-2.0 * scaled)) - 1.0)
+    if not COMMITTED:
+        other = slot - length  # node of the tree, negative in the prefix
+        in_tree = inside & (other >= 0)
+        told = tl.load(
+            base + node[:, None] * r_row + 3 + other[None, :], mask=live[:, None] & in_tree[None, :], other=0
+        )
+        other_depth = tl.load(base + other * r_row + 1, mask=in_tree, other=0)
+        position = tl.where(other >= 0, length + other_depth, slot)
+        near = (length + depth)[:, None] - position[None, :] < window[:, None]
+        seen = inside[None, :] & near & ((other < 0)[None, :] | (told != 0))
+        scores = tl.where(seen, scores, float("-inf"))
+    new_best = tl.maximum(best, tl.max(scores, 1))
+    safe = new_best if COMMITTED else tl.where(new_best == float("-inf"), 0.0, new_best)
+    weight = tl.exp(scores - safe[:, None])
+    shrink = tl.exp(best - safe)
+    total = total * shrink + tl.sum(weight, 1)
+    if not COMMITTED:
+        v = tl.load(v_at, mask=inside[:, None] & (v_dims < V_SIZE)[None, :], other=0.0)
+    elif V_SIZE == V_SIZE_P:
+        v = tl.load(v_at)
+    else:
+        v = tl.load(v_at, mask=(v_dims < V_SIZE)[None, :], other=0.0)
+    if PRECISE:
+        mean = mean * shrink[:, None] + tl.dot(weight, v, input_precision="ieee")
+    else:
+        mean = mean * shrink[:, None] + tl.dot(weight.to(v.dtype), v)
+    return new_best, total, mean
+
+
+@triton.jit
 def _part(
     query, key, value, rows, out, lse,
     scale, softcap,
@@ -34,7 +91,6 @@ def _part(
     live = lane < nodes * groups
     node, group = lane % nodes, lane // nodes
     dims, v_dims = tl.arange(0, SIZE_P), tl.arange(0, V_SIZE_P)
-    keys = tl.arange(0, KEYS)
 
     base = rows + batch * r_batch
     length = tl.load(base)  # the same for all rows
@@ -53,43 +109,29 @@ def _part(
     best = tl.full([TILE], float("-inf"), tl.float32)
     total = tl.zeros([TILE], tl.float32)
     mean = tl.zeros([TILE, V_SIZE_P], tl.float32)
-    for first in range(start, stop, KEYS):
-        slot = first + keys
-        inside = slot < stop
-        k = tl.load(
-            key + batch * k_batch + head * k_head + slot[None, :].to(tl.int64) * k_slot + dims[:, None],
-            mask=inside[None, :] & (dims < SIZE)[:, None],
-            other=0.0,
-        )
-        scores = (tl.dot(q, k, input_precision="ieee") if PRECISE else tl.dot(q, k)) * scale
-        if HAS_CAP:
-            scaled = scores / softcap
-            scores = softcap * (2.0 / (1.0 + tl.exp(-2.0 * scaled)) - 1.0)
-        other = slot - length  # node of the tree, negative in the prefix
-        in_tree = inside & (other >= 0)
-        told = tl.load(
-            base + node[:, None] * r_row + 3 + other[None, :], mask=live[:, None] & in_tree[None, :], other=0
-        )
-        other_depth = tl.load(base + other * r_row + 1, mask=in_tree, other=0)
-        position = tl.where(other >= 0, length + other_depth, slot)
-        near = (length + depth)[:, None] - position[None, :] < window[:, None]
-        seen = inside[None, :] & near & ((other < 0)[None, :] | (told != 0))
-        scores = tl.where(seen, scores, float("-inf"))
-        new_best = tl.maximum(best, tl.max(scores, 1))
-        safe = tl.where(new_best == float("-inf"), 0.0, new_best)
-        weight = tl.exp(scores - safe[:, None])
-        shrink = tl.exp(best - safe)
-        total = total * shrink + tl.sum(weight, 1)
-        v = tl.load(
-            value + batch * v_batch + head * v_head + slot[:, None].to(tl.int64) * v_slot + v_dims[None, :],
-            mask=inside[:, None] & (v_dims < V_SIZE)[None, :],
-            other=0.0,
-        )
-        if PRECISE:
-            mean = mean * shrink[:, None] + tl.dot(weight, v, input_precision="ieee")
-        else:
-            mean = mean * shrink[:, None] + tl.dot(weight.to(v.dtype), v)
-        best = new_best
+    keys_at, values_at = key + batch * k_batch + head * k_head, value + batch * v_batch + head * v_head
+
+    # Slots that no row sees, then some that a window shows to some rows, then those that all see, then the tree.
+    unseen = length + depth - window  # the last position that a row does not see
+    first = start + tl.maximum(tl.min(tl.where(live, unseen, end), 0) + 1 - start, 0) // KEYS * KEYS
+    all_see = start + tl.cdiv(tl.maximum(tl.max(tl.where(live, unseen, -1), 0) + 1 - start, 0), KEYS) * KEYS
+    whole = tl.maximum(first, start + tl.maximum(tl.minimum(stop, length) - start, 0) // KEYS * KEYS)
+    open = tl.minimum(whole, tl.maximum(first, all_see))
+    for at in range(first, open, KEYS):
+        best, total, mean = _block(
+            q, best, total, mean, keys_at, values_at, base, node, depth, window, live, at, length, stop,
+            scale, softcap, k_slot, v_slot, r_row, False, HAS_CAP, SIZE, V_SIZE, SIZE_P, V_SIZE_P, KEYS, PRECISE,
+        )  # fmt: skip
+    for at in range(open, whole, KEYS):
+        best, total, mean = _block(
+            q, best, total, mean, keys_at, values_at, base, node, depth, window, live, at, length, stop,
+            scale, softcap, k_slot, v_slot, r_row, True, HAS_CAP, SIZE, V_SIZE, SIZE_P, V_SIZE_P, KEYS, PRECISE,
+        )  # fmt: skip
+    for at in range(whole, stop, KEYS):
+        best, total, mean = _block(
+            q, best, total, mean, keys_at, values_at, base, node, depth, window, live, at, length, stop,
+            scale, softcap, k_slot, v_slot, r_row, False, HAS_CAP, SIZE, V_SIZE, SIZE_P, V_SIZE_P, KEYS, PRECISE,
+        )  # fmt: skip
     alive = total > 0
     mean = mean / tl.where(alive, total, 1.0)[:, None]
     sums = tl.where(alive, best + tl.log(tl.where(alive, total, 1.0)), float("-inf"))
