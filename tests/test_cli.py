@@ -2,20 +2,27 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from io import StringIO
 from itertools import count
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 import lookahead_decoding as ld
+from lookahead_decoding.bench.methods import Job
+from lookahead_decoding.bench.result import About, Result, Row
 from lookahead_decoding.cli import demo
 from lookahead_decoding.cli import main as cli
-from lookahead_decoding.cli.chat import Talk
-from lookahead_decoding.cli.loading import SAMPLES, Problem, load, samples
+from lookahead_decoding.cli.chat import Talk, _until_interrupted
+from lookahead_decoding.cli.doctor import Way
+from lookahead_decoding.cli.loading import SAMPLES, Problem, load, read_prompts, samples
 from lookahead_decoding.cli.printing import Column, show
 
 KEYS = [
@@ -75,6 +82,95 @@ def test_what_is_reproducible_does_not_follow_the_clock(capsys, monkeypatch) -> 
         answers.append((one["output_ids"], one["steps"], one["rows_per_step"], one["sources"]))
     assert answers[0][0]
     assert answers[0] == answers[1] == answers[2]
+
+
+def test_the_papers_rows_cost_nothing_when_it_is_reproducible_too() -> None:
+    paper = ld.LookaheadConfig.paper(5, 3, 5)
+    assert replace(paper, reproducible=True).fixed_times == paper.fixed_times == ((1, 1.0),)
+    fixed = ld.LookaheadConfig(reproducible=True)
+    assert fixed.fixed_times is not None
+    assert replace(fixed, reproducible=False).fixed_times is None
+
+
+def test_threads_are_as_asked(capsys, monkeypatch) -> None:
+    before = torch.get_num_threads()
+    try:
+        run(capsys, monkeypatch, "generate", "pocket", "-p", "a", "-n", "1", "--threads", str(before + 1))
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_each_prompt_is_verified_with_a_seed_of_its_own(capsys, monkeypatch, prompts: Path) -> None:
+    seeds = []
+    monkeypatch.setattr("lookahead_decoding.exactness.compare", lambda m, i, d, seed, **o: seeds.append(seed))
+    run(capsys, monkeypatch, "verify", "pocket", "--prompts", str(prompts), "--temperature", "0.8", "--seed", "5")
+    assert seeds == [5, 6, 7]
+
+
+def test_messages_stand_in_for_the_prompt_and_not_for_a_field_that_is_misspelt(tmp_path: Path) -> None:
+    path = tmp_path / "talks.jsonl"
+    messages = [{"role": "user", "content": "hi"}]
+    path.write_text(json.dumps({"prompt": None, "messages": messages}) + "\n")
+    assert read_prompts(path, "prompt")[0].content == messages
+    with pytest.raises(Problem, match="no text in field 'promt'"):
+        read_prompts(path, "promt")
+
+
+def test_a_line_that_the_template_refuses_is_said_and_the_talk_goes_on(pocket, monkeypatch, capsys) -> None:
+    model, tokenizer = pocket
+    refusal = "{% if m.content == 'no' %}{{ raise_exception('not that') }}{% endif %}"
+    template = "{% for m in messages %}" + refusal + "{% endfor %}x"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    monkeypatch.setattr("lookahead_decoding.cli.chat.load", lambda *a: (model, tokenizer))
+    monkeypatch.setattr("sys.stdin", StringIO("no\n\udcff\nyes\n"))
+    code, out, err = run(capsys, monkeypatch, "chat", "pocket", "-n", "4")
+    assert code == 0
+    assert "[the chat template does not take these messages: not that]" in err
+    assert "[that line is not UTF-8]" in err
+    assert out.strip()
+
+
+def test_ctrl_c_stops_an_answer_and_a_second_one_the_command() -> None:
+    with _until_interrupted() as interrupted:
+        assert not interrupted()
+        signal.raise_signal(signal.SIGINT)
+        assert interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_the_doctor_recommends_what_was_fastest(monkeypatch, capsys) -> None:
+    doctor = sys.modules["lookahead_decoding.cli.doctor"]  # the package has the command by that name
+    speeds = {"autoregressive@float32 off": 10, "lookahead@float32 off": 14, "hf-greedy@float32": 9}
+    speeds |= {"autoregressive@bfloat16 off": 12, "lookahead@bfloat16 off": 13, "hf-greedy@bfloat16": 8}
+
+    def race(ways: Sequence[Way], jobs: Sequence[Job], length: int) -> Result:
+        result = Result(About("", "", "", "", "", "", 1))
+        for method, speed in speeds.items():
+            counts = (2.0, 1.0, True) if method.startswith("lookahead") else (None, 1.0, True)
+            plain = not method.startswith("lookahead")
+            result.rows.append(Row(0, method, plain, 10 * speed, (10.0,), *counts, rows_per_step=2.0, plain_share=0.5))
+        return result
+
+    monkeypatch.setattr(doctor, "_race", race)
+    both = ("float32", "bfloat16")
+    monkeypatch.setattr(doctor, "_ways", lambda name, model, *a: [Way(dtype, "off", model, 0.01) for dtype in both])
+    said = json.loads(run(capsys, monkeypatch, "doctor", "pocket", "--threads", "2", "--dtype", "float32", "--json")[1])
+    assert (said["dtype"], said["best_plain"]) == ("float32", "autoregressive@bfloat16 off")
+    assert said["expected_speedup"] == 1.17
+    assert said["command"] == "lookahead generate pocket --dtype float32 --compile off --threads 2 -p 'your prompt'"
+    speeds |= {"autoregressive@bfloat16 off": 20}
+    said = json.loads(run(capsys, monkeypatch, "doctor", "pocket", "--dtype", "float32", "--json")[1])
+    assert said["command"] == "lookahead generate pocket --dtype bfloat16 --compile off --plain -p 'your prompt'"
+    assert "ld.PLAIN" in said["python"]
+
+
+def test_public_names_are_listed_before_they_are_used() -> None:
+    code = "import lookahead_decoding as ld; print(set(ld.__all__) <= set(dir(ld)))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said == "True\n"
+    assert all(hasattr(ld, name) for name in ld.__all__)
 
 
 def on_ranks(*arguments: str, said: str | None = None) -> subprocess.CompletedProcess[str]:

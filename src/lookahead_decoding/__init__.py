@@ -92,6 +92,10 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
+
+
 def pocket_path() -> str:
     """Folder of `pocket`, the small Python-writing model that ships with the package."""
     return str(Path(__file__).with_name("pocket"))

@@ -37,8 +37,8 @@ class LookaheadConfig:
             once. At least 1. Left out, the window has the size that pays, which may be none.
         ngram_size: N, length of the window's n-grams. At least 2.
         verification_set_size: G, n-grams kept per first token. At least 0, which keeps none.
-        sources: where candidates come from, any of "window", "prompt", "output", "recycled" and, for who gives a shared
-            pool, "shared". None at all is plain decoding.
+        sources: where candidates come from, any of "window", "prompt", "output", "recycled" and, where a shared pool
+            is given, "shared". None at all is plain decoding.
         max_rows: nodes of one sequence's tree at most, root and window included; left out, 64, and a window of a fixed
             size comes on top. A fixed window must fit.
         max_paths: candidates of one sequence's tree at most, window left out; those with a common beginning count each.
@@ -83,6 +83,13 @@ class LookaheadConfig:
         )
 
     @property
+    def fixed_times(self) -> tuple[tuple[int, float], ...] | None:
+        """t(n) that no clock changes; None where it is to be measured."""
+        if self.step_times is None and not self.adaptive:
+            return ((1, 1.0),)  # the paper's rows cost nothing
+        return TYPICAL_TIMES if self.step_times is None and self.reproducible else self.step_times
+
+    @property
     def most_rows(self) -> int:
         """Nodes of the largest tree."""
         if self.max_rows is not None:
@@ -124,8 +131,6 @@ class LookaheadConfig:
             object.__setattr__(self, "step_times", _step_times(self.step_times))
         if not isinstance(self.reproducible, bool):
             raise TypeError(f"reproducible must be True or False, got {self.reproducible!r}")
-        if self.reproducible and self.step_times is None:
-            object.__setattr__(self, "step_times", TYPICAL_TIMES)
         if not self.adaptive:
             for name in ("window_size", "ngram_size", "verification_set_size"):
                 if getattr(self, name) is None:

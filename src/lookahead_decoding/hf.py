@@ -168,13 +168,39 @@ def check_ids(model: PreTrainedModel, ids: Any, images: bool = False) -> None:
         raise ValueError(f"input_ids has token {low if low < 0 else high}, and the model's go from 0 to {size - 1}")
 
 
+def _texts(stops: Any) -> list[str]:
+    """Stop strings as a list."""
+    found = [stops] if isinstance(stops, str) or not isinstance(stops, Sequence) else list(stops)
+    if stops is not None and not all(isinstance(stop, str) and stop for stop in found):
+        raise TypeError(f"stop_strings must be a text or several, none of them empty, got {stops!r}")
+    return [] if stops is None else found
+
+
 def _seeds(seeds: Any) -> list[int] | None:
     if seeds is None:
         return None
     try:
-        return [operator.index(seed) for seed in seeds]
+        given = list(seeds)
     except TypeError:
         raise TypeError(f"seeds must be integers, one per sequence, got {seeds!r}") from None
+    return [_seed(seed, "seeds must be integers, one per sequence") for seed in given]
+
+
+def _seed(seed: Any, wanted: str) -> int:
+    """A seed as torch takes it."""
+    try:
+        number = -1 if isinstance(seed, bool) else operator.index(seed)
+    except TypeError:
+        number = -1
+    if not 0 <= number < 2**63:
+        kind = ValueError if type(seed) is int else TypeError
+        raise kind(f"{wanted} from 0 to 2**63 - 1, got {seed!r}")
+    return number
+
+
+def _has_images(inputs: Mapping[str, Any]) -> bool:
+    """Whether a prompt has more than text in it, whose places have ids that may lie outside of the vocabulary."""
+    return any(_says(inputs.get(name)) for name in _PROMPT_INPUTS if not name.endswith("token_type_ids"))
 
 
 def _says(value: Any) -> bool:
@@ -236,13 +262,11 @@ class LookaheadDecoding:
         self.config = config or LookaheadConfig()
         self.streamer = streamer
         self.tokenizer = _tokenizer(tokenizer)
-        self.stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
+        self.stop_strings = _texts(stop_strings)
         if seeds is not None and seed is not None:
             raise ValueError("seed and seeds exclude each other: give one of them")
-        if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
-            raise TypeError(f"seed must be an integer, got {seed!r}")
         self.seeds = _seeds(seeds)
-        self.seed = seed
+        self.seed = None if seed is None else _seed(seed, "seed must be an integer")
         self.propose = propose
         self.shared = _shared(shared, self.config)
         self.compile = compile
@@ -294,11 +318,12 @@ class LookaheadDecoding:
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> Run:
-        """Everything before the first forward: also a `custom_generate`, for who drives the steps himself."""
+        """Everything before the first forward: also a `custom_generate`, to take the steps one by one."""
         probe(model)
         _refuse(model, generation_config, model_kwargs)
         if not input_ids.shape[1]:
             raise ValueError("input_ids: the prompt is empty; give at least one token")
+        check_ids(model, input_ids, _has_images(model_kwargs))
         inputs = {name: value for name, value in model_kwargs.items() if name in _PROMPT_INPUTS and _says(value)}
         context = context_of(model)
         if context is not None and input_ids.shape[1] > context:
@@ -466,9 +491,9 @@ def call_generate(model: PreTrainedModel, decoding: LookaheadDecoding, loop: Any
         raise ValueError("cache_implementation='paged' is continuous batching: use model.generate_batch")
     for name in ("inputs", "input_ids"):
         if kwargs.get(name) is not None:
-            check_ids(model, kwargs[name], images=any(_says(kwargs.get(other)) for other in _PROMPT_INPUTS))
+            check_ids(model, kwargs[name], _has_images(kwargs))
     for name in ("max_new_tokens", "max_length"):
-        if isinstance(kwargs.get(name), str):
+        if isinstance(kwargs.get(name), str | bool | float):
             raise TypeError(f"{name} must be an integer, got {kwargs[name]!r}")
     config = kwargs.get("generation_config")
     if config is not None and not isinstance(config, GenerationConfig):

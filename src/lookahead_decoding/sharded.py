@@ -156,10 +156,8 @@ class ShardedTarget(Target):
     def step_times(self, config: LookaheadConfig) -> StepTimes:
         """t(n / ranks), since each evaluates its share of n rows."""
         shards = self.ranks.shards
-        if config.step_times is not None:
-            self._times = StepTimes(divided(config.step_times, shards))
-        elif not config.adaptive:
-            self._times = StepTimes([(1, 1.0)])
+        if config.fixed_times is not None:
+            self._times = StepTimes(divided(config.fixed_times, shards))
         else:
             known = memory_of(self.model).times
             key = "divided", shards, self.strategy, len(self.lengths), self.how, self.model.dtype
@@ -168,7 +166,7 @@ class ShardedTarget(Target):
             if key not in known:
                 known[key] = StepTimes(divided(measured, shards) if len(same) == 1 else ())
             self._times = known[key]
-        self._in_seconds = config.step_times is None and config.adaptive
+        self._in_seconds = config.fixed_times is None
         return self._times
 
     def prefill(self, prompts: Sequence[Sequence[int]], inputs: Mapping[str, Any] | None = None) -> StepLogits:

@@ -65,7 +65,7 @@ def load_pool(path: str | Path, max_bytes: int | None = None, max_age: int | Non
         OSError: the file cannot be read.
         ValueError: it is no shared pool, of another format, or damaged; the message says which.
     """
-    with open(path, "rb"):  # a clear error where there is no file
+    with Path(path).open("rb"):  # a clear error where there is no file
         pass
     try:
         with safetensors.safe_open(path, framework="numpy") as file:

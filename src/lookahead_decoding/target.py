@@ -186,10 +186,8 @@ class Target:
 
     def step_times(self, config: LookaheadConfig) -> StepTimes:
         """t(n) of this model, by rows per sequence: as the caller has it, or as steps like this one have shown."""
-        if config.step_times is not None:
-            return StepTimes(config.step_times)
-        if not config.adaptive:
-            return StepTimes([(1, 1.0)])
+        if config.fixed_times is not None:
+            return StepTimes(config.fixed_times)
         known = memory_of(self.model).times
         device = device_of(self.model)
         key = self.strategy, len(self.lengths), self.how, self.model.dtype, device, torch.get_num_threads()

@@ -70,8 +70,12 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str,
         messages: mappings with "role" and "content", as `apply_chat_template` takes them.
 
     Raises:
+        TypeError: messages are none.
         ValueError: there is no template, or it does not take these messages.
     """
+    talk = isinstance(messages, Sequence) and all(isinstance(message, Mapping) for message in messages)
+    if not talk or not messages:
+        raise TypeError(f"messages must be a sequence of mappings with 'role' and 'content', got {messages!r}")
     if not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template: give the prompt as text")
     try:
@@ -130,11 +134,9 @@ def stream(
         raise ValueError("attention_mask: a stream has one prompt without padding; leave it out")
     if (prompt is None) == (messages is None):
         raise TypeError("give a prompt or messages, one of them")
-    if tokenizer is None:
-        raise TypeError("tokenizer must be a tokenizer, as AutoTokenizer gives, got None")
+    if not callable(tokenizer) or not hasattr(tokenizer, "decode"):
+        raise TypeError(f"tokenizer must be a tokenizer, as AutoTokenizer gives, got {type(tokenizer).__name__}")
     model = unwrapped(model)
-    if isinstance(messages, str):
-        raise TypeError("messages must be a sequence of mappings with 'role' and 'content', got a text")
     if messages is not None:
         prompt = chat_ids(tokenizer, messages)
     if isinstance(prompt, torch.Tensor):
@@ -151,7 +153,7 @@ def stream(
     decoding = LookaheadDecoding(
         lookahead,
         tokenizer=tokenizer,
-        seeds=None if seed is None else [seed],
+        seed=seed,
         propose=propose,
         shared=shared,
         compile=compile,

@@ -13,7 +13,7 @@ import click
 from ..bench import METHODS
 from ..config import COMPILE, LookaheadConfig
 from ..torchrun import started
-from .loading import DTYPES, Problem, encode, first_line, load, read_prompts, room, samples, sampling
+from .loading import DTYPES, Problem, check_file, encode, first_line, load, read_prompts, room, samples, sampling
 from .options import config_of, dtype_option, model_options, prompt_options, with_ranks
 from .printing import Column, console, progress, say, show
 
@@ -111,6 +111,8 @@ def run(
         _need_matplotlib()
     if replay is not None and (temperature or batch_size > 1):
         raise Problem("--replay forces the tokens of one prompt at a time: leave --temperature and --batch-size out")
+    check_file(json_path, "--json")
+    check_file(plot, "--plot")
     if replay is not None and prompts is None:
         raise Problem("--replay names a field of --prompts: give that as well")
     asked = read_prompts(prompts, field, limit) if prompts else []
@@ -152,7 +154,8 @@ def run(
     options |= {"eos_token_id": stop if eos else None, "pad_token_id": pad}
     jobs = [Job(tuple(map(tuple, ids[i : i + batch_size]))) for i in range(0, len(ids), batch_size)]
     if replay is not None and prompts is not None:
-        references = [tokenizer(one.content).input_ids for one in read_prompts(prompts, replay, limit)]
+        written = enumerate(read_prompts(prompts, replay, limit), 1)
+        references = [encode(target, tokenizer, one, f"--replay {replay}, prompt {i}") for i, one in written]
         jobs = [
             Job((tuple(p),), tuple(r[: room(target, p, max_new_tokens)])) for p, r in zip(ids, references, strict=True)
         ]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..config import LookaheadConfig
-from .loading import Problem, first_line, load, sampling
+from .loading import Problem, check_text, first_line, load, sampling
 from .options import dtype_option, lookahead_options, model_options, sampling_options, shared_options
 
 if TYPE_CHECKING:
@@ -53,11 +53,12 @@ def chat(
     Uses the tokenizer's chat template; without one, the model continues the text so far. Answers end where the model
     ends them, or where its context does.
     """
+    chosen = sampling(temperature, top_k, top_p)
     target, tokenizer = load(model, dtype, device, trust_remote_code)
     from ..text import stream
 
     talk = Talk(target, tokenizer, system)
-    options = sampling(temperature, top_k, top_p) | {"compile": compile, "shared": shared}
+    options = chosen | {"compile": compile, "shared": shared}
     for line in _turns():
         if line.startswith("/"):
             if line == "/exit":
@@ -67,8 +68,9 @@ def chat(
             _tell({"/help": HELP, "/reset": "[forgotten]"}.get(line, f"no command {line}: /help lists them"))
             continue
         try:
+            check_text(line, "that line")
             ids, length = talk.ask(line, max_new_tokens)
-        except Problem as problem:
+        except (Problem, ValueError) as problem:  # the chat template may refuse what it is given
             _tell(f"[{first_line(problem)}]")
             continue
         try:
@@ -105,8 +107,19 @@ class Talk:
     def ask(self, line: str, max_new_tokens: int | None) -> tuple[list[int], int]:
         """Token ids of the talk with a new line, and how many tokens an answer may have.
 
-        The oldest turns are dropped where the context has no room for them.
+        The oldest turns are dropped where the context has no room for them. A line that cannot be put is not kept.
+
+        Raises:
+            Problem: the context has no room for the line alone.
+            ValueError: the chat template does not take the talk.
         """
+        try:
+            return self._put(line, max_new_tokens)
+        except ValueError:
+            self._turns.pop()
+            raise
+
+    def _put(self, line: str, max_new_tokens: int | None) -> tuple[list[int], int]:
         from ..hf import context_of
 
         self._turns.append({"role": "user", "content": line})

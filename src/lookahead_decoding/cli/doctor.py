@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..config import LookaheadConfig
-from .loading import Problem, encode, first_line, load, read_prompts, room, samples
+from .loading import THREADS, Problem, encode, first_line, load, read_prompts, room, samples
 from .options import compile_option, dtype_option, model_options, prompt_options
 from .printing import Column, console, item, progress, show
 
@@ -26,9 +27,12 @@ LITTLE = 1.05
 """A speedup below this is not worth the name."""
 
 TOKENS = 128
+"""Of an answer, where all answers take no longer than `SECONDS`."""
+
 FEWEST = 32
-PATIENCE = 180
-"""Tokens of an answer, and the seconds that all answers may take before there are fewer tokens."""
+"""Tokens of an answer, however long they take."""
+
+SECONDS = 180
 
 LARGEST = 8 << 30
 """Bytes of a model that is loaded a second time, in another dtype, to compare."""
@@ -64,7 +68,7 @@ class Way:
     "--max-new-tokens",
     "--max-tokens",
     type=click.IntRange(16),
-    help="Of each answer.  [default: 128, or fewer where that takes more than three minutes]",
+    help="Of each answer.  [default: 128, or as few as 32 where that takes more than three minutes]",
 )
 @dtype_option
 @compile_option
@@ -99,7 +103,7 @@ def doctor(
         ways = _ways(model, target, dtype, compile, device, trust_remote_code, jobs)
         if max_new_tokens is None:  # the race is that of every way, and of a warm-up of two answers, three times
             token = 3 * (len(jobs) + 2) * sum(way.seconds for way in ways)
-            length = max(FEWEST, min(length, int(PATIENCE / token)))
+            length = min(length, max(FEWEST, int(SECONDS / token)))
         result = _race(ways, jobs, length)
     except (TypeError, ValueError) as error:
         raise Problem(first_line(error)) from error
@@ -107,7 +111,11 @@ def doctor(
     ours = [method for method in result.methods if method.startswith("lookahead@")]
     fastest = max(ours, key=lambda method: result.speed(method, looping))
     way = next(way for way in ways if f"lookahead@{way.name}" == fastest)
-    _report(model, way, fastest, result, looping, as_json, chat or bool(tokenizer.chat_template))
+    talk = chat or (prompts is None and bool(tokenizer.chat_template))
+    given = {"--device": device, "--threads": click.get_current_context().meta.get(THREADS)}
+    options = [f"{name} {value}" for name, value in given.items() if value is not None]
+    options += ["--trust-remote-code"] * trust_remote_code + ["--chat"] * talk
+    _report(model, ways, way, fastest, result, looping, as_json, options, prompts is not None)
 
 
 def _ways(
@@ -178,16 +186,21 @@ def _race(ways: Sequence[Way], jobs: Sequence[Job], length: int) -> Result:
 
 def _report(
     model: str,
+    ways: Sequence[Way],
     way: Way,
     fastest: str,
     result: Result,
     looping: bool,
     as_json: bool,
-    chat: bool,
+    options: Sequence[str],
+    own_prompts: bool,
 ) -> None:
     """Facts, advice and the recommendation.
 
     Args:
+        way: the one of `ways` in which lookahead decoding was fastest, and `fastest` its method.
+        options: of the command line that go on to the recommendation.
+        own_prompts: whether the user gave them.
         looping: whether it is prompts whose answers loop, or are short, that count.
     """
     import torch
@@ -235,8 +248,11 @@ def _report(
         "expected_speedup": round(speedup, 2),
         "over_generate": round(over_generate, 2),
     }
-    advice = advise(way.model, place, times, mean["mean_acceptance_length"])
-    command, python = _to_copy(model, way, chat)
+    advice = advise(way.model, place, times, mean["mean_acceptance_length"], own_prompts)
+    if speedup < 1:  # the best plain decoding, in whichever way that was
+        _, _, ran = best.partition("@")
+        way = next(one for one in ways if ran in (one.name, one.dtype))
+    command, python = _to_copy(model, way, options, plain=speedup < 1)
     if as_json:
         print(json.dumps(facts | {"sources": sources, "advice": advice, "command": command, "python": python}))
         return
@@ -274,21 +290,18 @@ def verdict(speedup: float, best: str) -> str:
     """Whether it pays, in a sentence."""
     if speedup >= LITTLE:
         return f"It pays here: about {speedup:.2f} times the best plain decoding ({best}) on the sample."
-    return (
-        f"It hardly pays here: about {speedup:.2f} times the best plain decoding ({best}) on the sample; longer texts "
-        "are then decoded plainly."
-    )
+    return f"It hardly pays here: about {speedup:.2f} times the best plain decoding ({best}) on the sample."
 
 
-def _to_copy(model: str, way: Way, chat: bool) -> tuple[str, str]:
+def _to_copy(model: str, way: Way, options: Sequence[str], plain: bool) -> tuple[str, str]:
     """The recommendation as a command and as Python."""
     path = "ld.pocket_path()" if model == "pocket" else repr(model)
-    options = f" --dtype {way.dtype}" + (f" --compile {way.compile}" if way.compile != "auto" else "")
-    talk = " --chat" if chat else ""
-    command = f"lookahead generate {model}{options}{talk} -p 'your prompt'"
+    parts = [f"--dtype {way.dtype}", f"--compile {way.compile}", *["--plain"] * plain, *options]
+    command = f"lookahead generate {shlex.quote(model)} {' '.join(parts)} -p 'your prompt'"
+    settings = "ld.PLAIN, " if plain else ""
     python = (
         f"model = AutoModelForCausalLM.from_pretrained({path}, dtype=torch.{way.dtype})\n"
-        f"decoding = ld.LookaheadDecoding(compile={way.compile!r})\n"
+        f"decoding = ld.LookaheadDecoding({settings}compile={way.compile!r})\n"
         "ids = ld.generate(model, **inputs, max_new_tokens=128, do_sample=False, lookahead=decoding)"
     )
     return command, python
@@ -305,10 +318,17 @@ def _attention(target: Target) -> str:
     return "ours, in PyTorch"
 
 
-def advise(model: PreTrainedModel, target: Target, times: dict[int, float], mean_acceptance_length: float) -> list[str]:
+def advise(
+    model: PreTrainedModel,
+    target: Target,
+    times: dict[int, float],
+    mean_acceptance_length: float,
+    own_prompts: bool = False,
+) -> list[str]:
     """What could be changed, most useful first.
 
     Args:
+        own_prompts: whether the sample is the user's.
         times: seconds of a step by its rows, those of 1 and 8 among them.
         mean_acceptance_length: tokens per step on the sample.
     """
@@ -341,8 +361,8 @@ def advise(model: PreTrainedModel, target: Target, times: dict[int, float], mean
             )
     if mean_acceptance_length < 1.2:
         advice.append(
-            "few guesses are accepted on the sample: try --prompts with texts like yours; text that never repeats a "
-            "phrase, and high temperatures, gain little"
+            f"few guesses are accepted on the sample{'' if own_prompts else ': try --prompts with texts like yours'}; "
+            "text that never repeats a phrase, and high temperatures, gain little"
         )
     if target.strategy.drawback:
         advice.append(f"{target.strategy.drawback}, because: {'; '.join(dict.fromkeys(target.strategy.reasons))}")

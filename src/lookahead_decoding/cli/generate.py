@@ -69,8 +69,7 @@ def generate(
     """
     if plain and config != LookaheadConfig():
         raise Problem("--plain guesses nothing: leave out what is set for lookahead decoding")
-    if temperature == 0 and (top_k is not None or top_p is not None):
-        raise Problem("--top-k and --top-p are for sampling: give a --temperature as well")
+    options = sampling(temperature, top_k, top_p)
     if "" in stop:
         raise Problem("--stop needs a text, got an empty one")
     config = PLAIN if plain else config
@@ -86,7 +85,6 @@ def generate(
     encoded = [
         encode(target, tokenizer, one, f"prompt {i}" if prompts else "the prompt") for i, one in enumerate(asked, 1)
     ]
-    options = sampling(temperature, top_k, top_p)
     if stop:
         options["stop_strings"] = list(stop)
     watching = sys.stderr.isatty() and len(encoded) > 1 and speaks()

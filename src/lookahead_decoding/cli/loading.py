@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ def load(
         path = name
         options["local_files_only"] = not _hub_answers(name)
     import torch  # after what can be told without it
+    from huggingface_hub.utils import enable_progress_bars  # type: ignore[attr-defined]
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
@@ -58,6 +60,7 @@ def load(
         torch.set_num_threads(threads)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    enable_progress_bars()  # of a download, which the line above hides as well
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if ranks is not None:
         where = str(ranks.device)
@@ -163,8 +166,12 @@ SAMPLES = (
 
 
 def samples(tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> list[Prompt]:
-    """Prompts for who gives none: code, an edit, a sum and prose, in the chat template of a model that has one."""
+    """Prompts where none are given: code, an edit, a sum and prose, in the chat template of a model that has one."""
     return [one.in_chat() if tokenizer.chat_template else one for one in SAMPLES[:limit]]
+
+
+FIELD = "prompt"
+"""Of a line of a prompts file that holds what is asked; where nobody names another, "messages" may be in its place."""
 
 
 def read_prompts(path: Path, field: str, limit: int | None = None) -> list[Prompt]:
@@ -185,7 +192,9 @@ def read_prompts(path: Path, field: str, limit: int | None = None) -> list[Promp
             raise Problem(f"{path}, line {number}: not JSON ({error.msg})") from error
         except RecursionError as error:
             raise Problem(f"{path}, line {number}: JSON that is nested too deep") from error
-        found = record.get(field, record.get("messages")) if isinstance(record, dict) else None
+        found = record.get(field) if isinstance(record, dict) else None
+        if found is None and isinstance(record, dict) and field == FIELD:
+            found = record.get("messages")
         if isinstance(found, list) and found and isinstance(found[0], str):
             found = found[0]
         if not isinstance(found, str | list) or (isinstance(found, list) and not _are_messages(found)):
@@ -200,16 +209,35 @@ def _are_messages(found: list[Any]) -> bool:
     return bool(found) and all(isinstance(m, dict) and "role" in m for m in found)
 
 
+def check_text(text: str, which: str) -> None:
+    """See that a text is one; bytes that are not UTF-8 come from the command line as half characters.
+
+    Raises:
+        Problem: it is not; `which` says whose it is.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise Problem(f"{which} is not UTF-8") from error
+
+
+def check_file(path: Path | None, option: str) -> None:
+    """See that a file can be written, before anything is measured.
+
+    Raises:
+        Problem: there is no such folder, or it must not be written to.
+    """
+    if path is not None and not os.access(path.absolute().parent, os.W_OK):
+        raise Problem(f"{option}: cannot write to {str(path.absolute().parent)!r}")
+
+
 def encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, which: str) -> list[int]:
     """Token ids of a prompt that fits the model's context."""
     from ..hf import context_of
     from ..text import chat_ids
 
     if isinstance(prompt.content, str):
-        try:
-            prompt.content.encode()
-        except UnicodeEncodeError as error:
-            raise Problem(f"{which} is not UTF-8") from error
+        check_text(prompt.content, which)
         ids: list[int] = tokenizer(prompt.content).input_ids
     else:
         try:
@@ -235,6 +263,8 @@ def room(model: PreTrainedModel, prompt: Sequence[int], max_new_tokens: int) -> 
 def sampling(temperature: float, top_k: int | None = None, top_p: float | None = None) -> dict[str, Any]:
     """What `generate` takes: greedy at temperature 0, whatever the model's generation config says."""
     if temperature == 0:
+        if top_k is not None or top_p is not None:
+            raise Problem("--top-k and --top-p are for sampling: give a --temperature as well")
         return {"do_sample": False}
     options: dict[str, Any] = {"do_sample": True, "temperature": temperature}
     return options | {k: v for k, v in (("top_k", top_k), ("top_p", top_p)) if v is not None}

@@ -56,6 +56,9 @@ def main() -> None:
     except click.ClickException as error:
         say(first_line(Exception(error.format_message())))
         sys.exit(error.exit_code)
+    except (TypeError, ValueError) as error:  # what the package refuses, which says what to do
+        say(first_line(error))
+        sys.exit(Problem.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:

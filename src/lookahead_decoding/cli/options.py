@@ -13,7 +13,7 @@ import click
 
 from ..config import COMPILE, MAX_ROWS, SOURCES, LookaheadConfig
 from ..torchrun import PATIENCE, START, speaks, started
-from .loading import DTYPES, Problem, first_line, keep_threads
+from .loading import DTYPES, FIELD, Problem, first_line, keep_threads
 
 if TYPE_CHECKING:
     from ..ranks import Ranks
@@ -200,7 +200,7 @@ def prompt_options(many: int | None = None) -> Callable[[Callable[..., None]], C
                 help="Only the first prompts.",
             ),
             click.option(
-                "--field", default="prompt", show_default=True, help="That holds the text, or messages, in --prompts."
+                "--field", default=FIELD, show_default=True, help="That holds the text, or messages, in --prompts."
             ),
             click.option(
                 "--prompts",
@@ -236,6 +236,10 @@ def compile_option(command: Callable[..., None]) -> Callable[..., None]:
     )(command)
 
 
+TEMPERATURE = click.FloatRange(0, 100)
+SEED = click.IntRange(0, 2**62)
+
+
 def sampling_options(default_length: int | None = 128) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """How long an answer is, and how its tokens are chosen.
 
@@ -246,13 +250,15 @@ def sampling_options(default_length: int | None = 128) -> Callable[[Callable[...
     def with_sampling(command: Callable[..., None]) -> Callable[..., None]:
         for option in (
             click.option(
-                "--seed", type=click.IntRange(0, 2**62), default=0, show_default=True, help="Prompt n has seed + n."
+                "--seed",
+                type=SEED,
+                default=0,
+                show_default=True,
+                help="Of the first prompt; each further one has one more.",
             ),
             click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="When sampling."),
             click.option("--top-k", type=click.IntRange(0), help="When sampling."),
-            click.option(
-                "--temperature", type=click.FloatRange(0, 100), default=0.0, show_default=True, help="0 is greedy."
-            ),
+            click.option("--temperature", type=TEMPERATURE, default=0.0, show_default=True, help="0 is greedy."),
             click.option(
                 "-n",
                 "--max-new-tokens",

@@ -46,6 +46,7 @@ def verify(
     Prints how many outputs are identical to `model.generate`, and each first divergence with its margin. Exit code 1
     where one is a bug by the contract in docs/exactness.md.
     """
+    chosen = sampling(temperature, top_k, top_p)
     asked = read_prompts(prompts, field, limit) if prompts else []
     target, tokenizer = load(model, dtype, device, trust_remote_code, ranks)
     import torch
@@ -60,9 +61,9 @@ def verify(
     divergences = []
     console = Console(stderr=True, quiet=not speaks())
     for i, ids in enumerate(track(encoded, "verifying", console=console, disable=not sys.stderr.isatty()), 1):
-        options = sampling(temperature, top_k, top_p) | {"max_new_tokens": room(target, ids, max_new_tokens)}
-        decoding = LookaheadDecoding(config, compile=compile, parallel=ranks)
+        options = chosen | {"max_new_tokens": room(target, ids, max_new_tokens)}
         try:
+            decoding = LookaheadDecoding(config, compile=compile, parallel=ranks)
             found = compare(target, torch.tensor([ids], device=target.device), decoding, seed + i - 1, **options)
         except (TypeError, ValueError) as error:
             raise Problem(first_line(error)) from error
