@@ -47,10 +47,10 @@ def test_ratios_are_medians_over_prompts_to_the_best_plain_method_of_any_dtype()
         ]
     assert result.best_plain == "autoregressive@bfloat16"
     assert result.speed("hf-greedy@float32") == 20.0
-    assert result.ratio("lookahead@bfloat16", "autoregressive@bfloat16") == (2.0, 1.0, 4.0)
+    assert result.ratio("lookahead@bfloat16", "autoregressive@bfloat16") == (2.0, 1.5, 3.0)
     last = result.summary()[-1]
-    assert last["over_best_plain"] == [2.0, 1.0, 4.0]
-    assert last["over_hf_greedy"] == [10.0, 5.0, 20.0]
+    assert last["over_best_plain"] == [2.0, 1.5, 3.0]
+    assert last["over_hf_greedy"] == [10.0, 7.5, 15.0]
     assert last["mean_acceptance_length"] == 2.0
 
 

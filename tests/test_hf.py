@@ -6,10 +6,12 @@ import inspect
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from benchmarks.drafts import right_and_wrong
 from transformers import (
+    AutoTokenizer,
     DynamicCache,
     GenerationConfig,
     GenerationMixin,
@@ -475,6 +477,25 @@ def test_what_are_no_token_ids_is_said_plainly(ids: object, message: str, tiny: 
         ld.generate(tiny(), ids, max_new_tokens=4)
 
 
+def test_stop_strings_and_lengths_of_another_type_are_named(tiny: Tiny) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(ld.pocket_path())
+    for stops in (3, [3], [""]):
+        with pytest.raises(TypeError, match="stop_strings must be a text or several"):
+            ld.LookaheadDecoding(tokenizer=tokenizer, stop_strings=stops)
+    for length in (4.5, True, "4"):
+        with pytest.raises(TypeError, match="max_new_tokens must be an integer"):
+            ld.generate(tiny(), prompt_of(5), max_new_tokens=length)
+    assert ld.LookaheadDecoding(seed=np.int64(3)).seed == 3
+
+
+def test_a_token_outside_of_the_vocabulary_is_named_in_every_way_in(tiny: Tiny) -> None:
+    for more in ({}, {"token_type_ids": torch.zeros(1, 2, dtype=torch.long)}):
+        with pytest.raises(ValueError, match="input_ids has token 64, and the model's go from 0 to 63"):
+            ld.generate(tiny(), torch.tensor([[5, 64]]), max_new_tokens=4, **more)
+    with pytest.raises(ValueError, match="input_ids has token 64"):
+        tiny().generate(torch.tensor([[5, 64]]), max_new_tokens=4, custom_generate=ld.LookaheadDecoding())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -483,7 +504,10 @@ def test_what_are_no_token_ids_is_said_plainly(ids: object, message: str, tiny: 
         ({"propose": 3}, "propose must be a function"),
         ({"parallel": 2}, r"parallel must be what ld.parallel\(\) gives"),
         ({"compile": True}, "compile must be one of auto"),
-        ({"seed": "3"}, "seed must be an integer, got '3'"),
+        ({"seed": "3"}, r"seed must be an integer from 0 to 2\*\*63 - 1, got '3'"),
+        ({"seed": 2**70}, "seed must be an integer from 0"),
+        ({"seeds": [True]}, "seeds must be integers, one per sequence"),
+        ({"seeds": 3}, "seeds must be integers, one per sequence"),
         ({"seed": 3, "seeds": [3]}, "seed and seeds exclude each other"),
         ({"shared": ld.SharedPool()}, "shared must be a namespace"),
     ],

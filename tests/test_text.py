@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import DynamicCache, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, DynamicCache, PreTrainedTokenizerFast
 
 import lookahead_decoding as ld
 from lookahead_decoding.text import Detokenizer, decode_text
@@ -87,3 +87,14 @@ def test_a_cache_that_was_passed_in_is_filled_at_the_end(pocket: Pocket) -> None
     steps = ld.stream(model, tokenizer, "class A:", max_new_tokens=9, do_sample=False, past_key_values=cache)
     length = len(tokenizer("class A:").input_ids) + sum(len(s.token_ids) for s in steps)
     assert cache.get_seq_length() == length - 1
+
+
+def test_a_stream_of_wrong_things_is_not_made(tiny) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(ld.pocket_path())
+    with pytest.raises(TypeError, match="tokenizer must be a tokenizer, as AutoTokenizer gives, got str"):
+        ld.stream(tiny(), "x", "def f")
+    for messages in ([], {"role": "user"}, 3, ["hi"], "hi"):
+        with pytest.raises(TypeError, match="messages must be a sequence of mappings"):
+            ld.stream(tiny(), tokenizer, messages=messages)
+    with pytest.raises(TypeError, match="seed must be an integer from 0"):
+        ld.stream(tiny(), tokenizer, [5, 6], seed="3")

@@ -108,7 +108,7 @@ def run(
     while the rest wait.
     """
     if plot is not None:
-        _need_matplotlib()
+        _need_matplotlib(plot)
     if replay is not None and (temperature or batch_size > 1):
         raise Problem("--replay forces the tokens of one prompt at a time: leave --temperature and --batch-size out")
     check_file(json_path, "--json")
@@ -226,11 +226,15 @@ def _numbers(option: str, text: str) -> list[int]:
     return numbers
 
 
-def _need_matplotlib() -> None:
+def _need_matplotlib(plot: Path) -> None:
+    """See that a picture of this kind can be drawn, before anything is measured."""
     try:
-        import matplotlib  # noqa: F401  # only to know before anything is measured
+        from matplotlib.backend_bases import FigureCanvasBase
     except ModuleNotFoundError as error:
         raise Problem("--plot needs matplotlib: pip install 'lookahead-decoding[plot]'") from error
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if plot.suffix[1:].lower() not in kinds:
+        raise Problem(f"--plot: no picture of kind {plot.suffix!r}: choose from {', '.join(sorted(kinds))}")
 
 
 def _show(result: Result) -> None:

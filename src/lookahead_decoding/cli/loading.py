@@ -222,13 +222,16 @@ def check_text(text: str, which: str) -> None:
 
 
 def check_file(path: Path | None, option: str) -> None:
-    """See that a file can be written, before anything is measured.
+    """See that a file can be written, and the folders above it that are not there, before anything is measured.
 
     Raises:
-        Problem: there is no such folder, or it must not be written to.
+        Problem: something that is no folder is in the way, or it must not be written to.
     """
-    if path is not None and not os.access(path.absolute().parent, os.W_OK):
-        raise Problem(f"{option}: cannot write to {str(path.absolute().parent)!r}")
+    if path is None:
+        return
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise Problem(f"{option}: cannot write to {str(there)!r}")
 
 
 def encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, which: str) -> list[int]:
