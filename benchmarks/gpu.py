@@ -110,7 +110,7 @@ def step_times(model: Any, context: int, sizes: list[int], mode: str) -> list[di
         room = target.steps.captured
         assert room is not None
         step = room.graphs._steps[1, padded(nodes)]
-        captured = milliseconds(step.graph.replay) if step.graph else None
+        captured = milliseconds(step.replay) if step.replay else None
         rows.append({"rows": nodes, "ms": whole, "captured_ms": captured, "first_use_s": round(first, 1)})
         rows[-1]["captured_bytes"] = room.graphs.captured[1, padded(nodes)]
         print(mode, rows[-1], flush=True)

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.flex import block_mask, flex
 
 from lookahead_decoding import TokenTree, build_tree
-from lookahead_decoding.attention import dense_mask, encode_rows, folded, reference
+from lookahead_decoding.attention import additive_mask, dense_mask, encode_rows, folded, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -66,6 +66,15 @@ def test_padding_and_shorter_sequences_see_nothing_that_is_not_theirs() -> None:
     one = [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
     ended = [[1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 0, 0, 1, 0]]
     assert (mask[:, 0] == 0).int().tolist() == [one + one, ended + ended]
+
+
+@pytest.mark.parametrize("window", [None, 3, 40])
+def test_a_mask_made_on_the_device_is_the_same(window: int | None) -> None:
+    _, _, _, rows = inputs(12, [70, 3, 41], 2, 2, 8, torch.float32, window)
+    dense = dense_mask(rows, torch.float32)
+    made = additive_mask(torch.from_numpy(rows), dense.shape[-1] + 5, torch.float32)
+    assert torch.equal(made[..., : dense.shape[-1]], dense)
+    assert (made[..., dense.shape[-1] :] < 0).all()
 
 
 CASES = [  # nodes, lengths, heads, key heads, size
@@ -130,7 +139,7 @@ def test_the_kernel(
     slots = max(lengths) + nodes
     mask = dense_mask(rows, torch.float32).to(DEVICE)
     wanted = reference(query, key[:, :, :slots], value[:, :, :slots], mask, 0.2, cap, sinks)
-    ours = kernels.tree_attention(query, key, value, torch.from_numpy(rows).to(DEVICE), 0.2, cap, sinks)
+    ours = kernels.launch(query, key, value, torch.from_numpy(rows).to(DEVICE), 0.2, cap, sinks)
     assert torch.allclose(ours, wanted, atol=1e-5), (ours - wanted).abs().max()
 
 
@@ -145,5 +154,5 @@ def test_the_kernel_in_half_precision(
     slots = max(lengths) + nodes
     mask = dense_mask(rows, torch.float64).to(DEVICE)
     wanted = reference(query.double(), key[:, :, :slots].double(), value[:, :, :slots].double(), mask, 0.2)
-    ours = kernels.tree_attention(query, key, value, torch.from_numpy(rows).to(DEVICE), 0.2).double()
+    ours = kernels.launch(query, key, value, torch.from_numpy(rows).to(DEVICE), 0.2).double()
     assert (ours - wanted).norm() / wanted.norm() < 1e-2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -9,8 +10,12 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from benchmarks.drafts import Accepted, right_and_wrong
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import lookahead_decoding as ld
+from conftest import ARCHITECTURES
+from lookahead_decoding.config import LookaheadWarning
 from lookahead_decoding.graphs import Compiled, padded
 from lookahead_decoding.memory import memory_of
 from test_exactness import CONFIGS, GREEDY, SAMPLED, WINDOW_ALONE, batch_of, prompt_of
@@ -122,7 +127,7 @@ def test_what_cannot_be_compiled_says_so(tiny: Tiny, monkeypatch: pytest.MonkeyP
 
 
 def test_rows_are_padded_to_a_few_sizes() -> None:
-    assert [padded(n) for n in (1, 2, 8, 9, 128, 256, 257, 600)] == [1, 8, 8, 32, 128, 256, 512, 768]
+    assert [padded(n) for n in (1, 2, 8, 9, 128, 256, 257, 600)] == [1, 16, 16, 16, 128, 256, 512, 768]
 
 
 def test_captured_caches_do_not_pile_up(tiny: Tiny) -> None:
@@ -147,3 +152,127 @@ def test_steps_of_fixed_shape(tiny: Tiny) -> None:
     decoding = ld.LookaheadDecoding(small, propose=lambda text: [plain[len(text) : len(text) + 2]], compile="graphs")
     for _ in range(2):  # the second time with the cache of the first
         assert ld.generate(model, ids, lookahead=decoding, **options)[0].tolist() == plain
+
+
+class Tape:
+    """A recorder for a machine without a GPU: it replays by running anew, and sees that this does the same.
+
+    What a GPU would replay is a list of operations on memory that stays where it is. So operations, shapes and dtypes
+    must be those of the recording, and nothing may be read back.
+    """
+
+    READS = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "equal", "unique", "masked_select")
+
+    def __init__(self) -> None:
+        self.recorded, self.replayed = 0, 0
+
+    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
+        run()  # buffers that are made at the first use
+        self.recorded += 1
+        wanted = self._listed(run)
+
+        def replay() -> None:
+            self.replayed += 1
+            assert self._listed(run) == wanted
+
+        return replay
+
+    def _listed(self, run: Callable[[], None]) -> list[tuple[str, list[tuple[object, ...]]]]:
+        found: list[tuple[str, list[tuple[object, ...]]]] = []
+
+        class Mode(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                name = str(function)
+                assert not any(name.startswith(f"aten.{read}.") for read in Tape.READS), f"{name} reads a number back"
+                out = function(*args, **(kwargs or {}))
+                tensors = [t for t in tree_leaves((args, out)) if isinstance(t, torch.Tensor)]
+                found.append((name, [(tuple(t.shape), t.dtype) for t in tensors]))
+                return out
+
+        with torch.inference_mode(False), torch.no_grad(), Mode():  # inference mode takes operations apart elsewhere
+            run()
+        return found
+
+
+@pytest.fixture
+def tape(monkeypatch: pytest.MonkeyPatch) -> Tape:
+    made = Tape()
+    monkeypatch.setattr("lookahead_decoding.graphs.recorder_for", lambda device: made)
+    return made
+
+
+# falcon adds its mask itself: on a GPU, where the mask is our rows, its probe finds that and captures nothing.
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "falcon"])
+def test_a_replayed_step_does_what_was_recorded(name: str, tiny: Tiny, tape: Tape) -> None:
+    pytest.importorskip("triton")
+    model, ids = copy.deepcopy(tiny(name)), prompt_of(6)  # which has captured nothing yet
+    options = {"max_new_tokens": 6, "eos_token_id": None, **GREEDY}
+    plain = model.generate(ids, **options)[0].tolist()
+    small = ld.LookaheadConfig.paper(1, 3, 0)
+    for _ in range(2):
+        decoding = ld.LookaheadDecoding(small, propose=lambda t: [plain[len(t) : len(t) + 2]], compile="graphs")
+        assert ld.generate(model, ids, lookahead=decoding, **options)[0].tolist() == plain
+    assert tape.recorded <= 2  # a step of one row, and one of several
+    assert tape.replayed > tape.recorded
+
+
+def test_a_step_that_cannot_be_captured_runs_as_it_is(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+
+    def broken(run: Callable[[], None]) -> Callable[[], None]:
+        run()
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr("lookahead_decoding.graphs.recorder_for", lambda device: broken)
+    model, ids = copy.deepcopy(tiny()), prompt_of(6)
+    options = {"max_new_tokens": 5, "eos_token_id": None, **GREEDY}
+    plain = model.generate(ids, **options)[0].tolist()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", LookaheadWarning)
+        for _ in range(2):
+            decoding = ld.LookaheadDecoding(ld.PLAIN, compile="graphs")
+            assert ld.generate(model, ids, lookahead=decoding, **options)[0].tolist() == plain
+    ours = [str(one.message) for one in said if one.category is LookaheadWarning]
+    assert ours == [
+        "a step of 1 rows could not be captured and runs as it is: operation not permitted when stream is capturing"
+    ]
+
+
+def test_what_was_captured_in_another_state_of_the_model_is_not_replayed(tiny: Tiny, tape: Tape) -> None:
+    peft = pytest.importorskip("peft")
+    pytest.importorskip("triton")
+    settings = peft.LoraConfig(init_lora_weights=False, target_modules=["q_proj", "v_proj"])
+    model = peft.get_peft_model(copy.deepcopy(tiny()), settings).eval()
+    options = {"max_new_tokens": 5, "eos_token_id": None, **GREEDY}
+
+    def both() -> list[int]:
+        plain = model.generate(input_ids=prompt_of(6), **options)[0].tolist()
+        decoding = ld.LookaheadDecoding(ld.PLAIN, compile="graphs")
+        assert ld.generate(model, prompt_of(6), lookahead=decoding, **options)[0].tolist() == plain
+        return plain
+
+    with_adapter = both()
+    with model.disable_adapter():
+        assert both() != with_adapter
+    assert both() == with_adapter
+    assert tape.recorded > 1
+
+
+def test_a_request_in_inference_mode_leaves_buffers_that_others_can_use(tiny: Tiny, tape: Tape) -> None:
+    pytest.importorskip("triton")
+    model, ids = copy.deepcopy(tiny()), prompt_of(6)
+    options = {"max_new_tokens": 4, "eos_token_id": None, **GREEDY}
+    plain = model.generate(ids, **options)[0].tolist()
+    for mode in (True, False):
+        with torch.inference_mode(mode):
+            decoding = ld.LookaheadDecoding(ld.PLAIN, compile="graphs")
+            assert ld.generate(model, ids, lookahead=decoding, **options)[0].tolist() == plain
+    assert tape.recorded == 1
+
+
+def test_frequencies_that_change_with_the_length_are_not_captured(tiny: Tiny) -> None:
+    pytest.importorskip("triton")
+    model = copy.deepcopy(tiny())
+    model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    with pytest.raises(ValueError, match="compile='graphs' cannot be: its rotary frequencies change with the length"):
+        ld.Target(model, 20, compile="graphs")

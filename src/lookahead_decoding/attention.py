@@ -82,6 +82,27 @@ def dense_mask(rows: np.ndarray, dtype: torch.dtype, groups: int = 1) -> torch.T
     return torch.zeros(folded.shape, dtype=dtype).masked_fill_(folded, torch.finfo(dtype).min)
 
 
+def additive_mask(rows: torch.Tensor, slots: int, dtype: torch.dtype) -> torch.Tensor:
+    """As `dense_mask` for one group, made on the device that the rows are on, in a shape that no number decides.
+
+    Args:
+        rows: (batch, 1, nodes, 3 + nodes), as `encode_rows` gives it.
+        slots: of the mask, at least those in use; what lies behind them is hidden.
+
+    Returns:
+        (batch, 1, nodes, slots)
+    """
+    nodes = rows.shape[2]
+    length, depth, window = (rows[..., column, None] for column in (LENGTH, DEPTH, WINDOW))  # (batch, 1, nodes, 1)
+    slot = torch.arange(slots, device=rows.device, dtype=rows.dtype).expand(len(rows), 1, nodes, slots)
+    other = slot - length  # node of the tree, negative in the prefix
+    node = other.clamp(0, nodes - 1).long()
+    told = rows[..., SEEN:].gather(-1, node) != 0
+    place = torch.where(other < 0, slot, length + depth.transpose(2, 3).expand(-1, -1, nodes, -1).gather(-1, node))
+    seen = (length + depth - place < window) & ((other < 0) | ((other < nodes) & told))
+    return torch.zeros(seen.shape, dtype=dtype, device=rows.device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+
 def reference(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -17,8 +17,8 @@ import torch
 
 from .config import LookaheadWarning
 
-SIZES = (1, 8, 32, 64, 128, 256)
-"""Rows of a step are padded to one of these, larger ones to a multiple of 256: each size costs a compilation."""
+SIZES = (1, 16, 64, 128, 256)
+"""Rows of a step are padded to one of these, larger ones to a multiple of 256: each size costs a capture."""
 
 WARM_UPS = 3
 
@@ -95,9 +95,78 @@ def padded(rows: int) -> int:
     return next((size for size in SIZES if size >= rows), -(-rows // 256) * 256)
 
 
+Run = Callable[[], None]
+
+Recorder = Callable[[Run], Run]
+"""Runs something once, and gives what runs it again in one launch, on the same memory."""
+
+
+class CudaRecorder:
+    """Captures what it runs as a CUDA graph: on one stream and in one memory pool, whatever the size.
+
+    Args:
+        device: of all tensors; the caller's current device does not matter.
+
+    Raises:
+        RuntimeError: something in it cannot be captured, such as a number that is read back.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: Any = None
+        self._pool: Any = None
+
+    def __call__(self, run: Run) -> Run:
+        with torch.cuda.device(self._device):
+            self._stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                for _ in range(WARM_UPS):
+                    run()
+            torch.cuda.current_stream().wait_stream(self._stream)
+            pool = self._pool or torch.cuda.graph_pool_handle()
+            self._pool = None  # a capture that fails leaves a pool that no other may use
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=self._stream):
+                run()
+            self._pool = pool
+            graph.replay()
+        return graph.replay
+
+
+def recorder_for(device: torch.device) -> Recorder | None:
+    """What captures steps on a device; None where they just run."""
+    return CudaRecorder(device) if device.type == "cuda" else None
+
+
+def state_of(model: Any) -> tuple[object, ...]:
+    """All that a captured step depends on beside its inputs: it serves as long as this is equal.
+
+    Where the weights lie (what is in them may change), which adapters are on and how strongly, what hangs on the
+    modules, whether the model trains, and automatic mixed precision.
+    """
+    places = [t.data_ptr() for tensors in (model.parameters(), model.buffers()) for t in tensors]
+    modules = list(model.modules())
+    adapters = [
+        (m.disable_adapters, *map(tuple, (m.active_adapters, m.merged_adapters, getattr(m, "scaling", {}).items())))
+        for m in modules
+        if hasattr(m, "merged_adapters")
+    ]
+    hooks = [hook for m in modules for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
+    forwards = [m.__dict__["forward"] for m in modules if "forward" in m.__dict__]
+    kind = next(model.parameters()).device.type
+    mixed = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    return tuple(places), tuple(adapters), tuple(hooks), tuple(forwards), model.training, mixed
+
+
 @dataclass
 class _Step:
-    """One size: where its integers go, and what comes of them."""
+    """One size: where its integers go, and what comes of them.
+
+    Attributes:
+        replay: runs it anew, once it is captured.
+        failed: it could not be captured, and runs as it is.
+    """
 
     host: torch.Tensor
     device: torch.Tensor
@@ -105,14 +174,15 @@ class _Step:
     positions: torch.Tensor
     rows: list[torch.Tensor]
     keep: torch.Tensor
-    graph: torch.cuda.CUDAGraph | None = None
+    replay: Run | None = None
+    failed: bool = False
     logits: torch.Tensor | None = None
     best: torch.Tensor | None = None
     bytes: int = 0
 
 
 class StepGraphs:
-    """Runs steps of fixed shape, each size captured at its first use.
+    """Runs steps of fixed shape, each size captured at its first use; what cannot be captured runs as it is.
 
     Args:
         forward: evaluates a step; reads nothing but its arguments and memory that stays where it is.
@@ -124,13 +194,13 @@ class StepGraphs:
     def __init__(self, forward: Forward, device: torch.device, compile: bool) -> None:
         self._forward = Compiled(forward, dynamic=False) if compile else forward
         self._device = device
+        self._recorder = recorder_for(device)
         self._steps: dict[tuple[int, int], _Step] = {}
-        self._pool: Any = None
 
     @property
     def captured(self) -> dict[tuple[int, int], int]:
         """Bytes held by the captures, by sequences and nodes."""
-        return {size: step.bytes for size, step in self._steps.items()}
+        return {size: step.bytes for size, step in self._steps.items() if step.replay}
 
     def run(
         self, model: Any, ids: np.ndarray, positions: np.ndarray, rows: Sequence[np.ndarray], keep: Sequence[int]
@@ -155,13 +225,14 @@ class StepGraphs:
         index[: len(keep)] = keep
         flat = [ids.ravel(), positions.ravel(), *(r.ravel() for r in rows), index]
         np.concatenate(flat, out=step.host.numpy(), casting="same_kind")
-        step.device.copy_(step.host, non_blocking=True)
-        if step.graph is not None:
-            step.graph.replay()
-        elif self._device.type == "cuda":
-            self._capture(model, step)
-        else:
-            step.logits, step.best = self._evaluate(model, step)
+        with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
+            step.device.copy_(step.host, non_blocking=True)
+            if step.replay is not None:
+                step.replay()
+            elif self._recorder is None or step.failed:
+                self._evaluate(model, step)
+            else:
+                self._capture(self._recorder, model, step)
         assert step.logits is not None
         assert step.best is not None
         return step.logits, step.best
@@ -169,28 +240,27 @@ class StepGraphs:
     def _room(self, batch: int, nodes: int, kinds: int) -> _Step:
         one, row = batch * nodes, batch * nodes * (3 + nodes)
         total = 2 * one + kinds * row + nodes
-        host = torch.zeros(total, dtype=torch.int32, pin_memory=self._device.type == "cuda")
-        device = torch.zeros(total, dtype=torch.int32, device=self._device)
+        with torch.inference_mode(False):  # the caller's, which may end before the next request
+            host = torch.zeros(total, dtype=torch.int32, pin_memory=self._device.type == "cuda")
+            device = torch.zeros(total, dtype=torch.int32, device=self._device)
         parts = torch.split(device, [one, one, *[row] * kinds, nodes])
         shape = (batch, 1, nodes, 3 + nodes)
         rows = [p.view(shape) for p in parts[2:-1]]
         return _Step(host, device, parts[0].view(batch, nodes), parts[1].view(batch, nodes), rows, parts[-1])
 
-    def _evaluate(self, model: Any, step: _Step) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = self._forward(model, step.ids.long(), step.positions.long(), step.rows, step.keep.long())
-        return logits, logits.argmax(-1)
+    def _evaluate(self, model: Any, step: _Step) -> None:
+        step.logits = self._forward(model, step.ids.long(), step.positions.long(), step.rows, step.keep.long())
+        step.best = step.logits.argmax(-1)
 
-    def _capture(self, model: Any, step: _Step) -> None:
-        before = torch.cuda.memory_allocated()
-        stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                self._evaluate(model, step)
-        torch.cuda.current_stream().wait_stream(stream)
-        step.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(step.graph, pool=self._pool):
-            step.logits, step.best = self._evaluate(model, step)
-        self._pool = self._pool or step.graph.pool()
-        step.graph.replay()
-        step.bytes = torch.cuda.memory_allocated() - before
+    def _capture(self, recorder: Recorder, model: Any, step: _Step) -> None:
+        """Run a step for the first time, so that it is captured afterwards; or, if that cannot be, as it is."""
+        before = torch.cuda.memory_allocated() if self._device.type == "cuda" else 0
+        try:
+            step.replay = recorder(lambda: self._evaluate(model, step))
+        except Exception as error:  # whatever a capture fails with, the step itself may still run
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            what = f"a step of {step.ids.shape[1]} rows could not be captured and runs as it is: {reason}"
+            warnings.warn(what, LookaheadWarning, stacklevel=2)
+            step.failed = True
+            self._evaluate(model, step)
+        step.bytes = torch.cuda.memory_allocated() - before if self._device.type == "cuda" else 0

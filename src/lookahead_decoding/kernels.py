@@ -10,12 +10,80 @@ Triton is imported here alone; on a machine without a GPU its interpreter runs t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 
-KEYS = 64
-"""Keys per inner step."""
+from .attention import additive_mask, reference
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How much one program of the kernel holds at a time.
+
+    Attributes:
+        rows: of the query heads that share a key head.
+        keys: of a block.
+        warps: that work on it.
+        shared: bytes of shared memory that Triton's compiler takes, at most over the architectures of `ARCHITECTURES`.
+    """
+
+    rows: int
+    keys: int
+    warps: int
+    shared: int
+
+
+STAGES = 2
+"""Blocks of keys that are on their way at a time."""
+
+HALF = {
+    64: (Tiling(64, 64, 4, 58368), Tiling(32, 64, 4, 33024), Tiling(16, 64, 4, 24832)),
+    128: (Tiling(64, 64, 8, 99616), Tiling(32, 64, 8, 53504), Tiling(16, 64, 4, 43264)),
+    256: (Tiling(64, 32, 8, 107168), Tiling(32, 32, 8, 55424), Tiling(16, 32, 4, 44160)),
+    512: (Tiling(16, 16, 8, 50752),),
+}
+"""By the largest head size, most rows first. Without spills in the loop over committed keys (benchmarks/ptx.py)."""
+
+SINGLE = {
+    64: (Tiling(16, 32, 4, 24768),),
+    128: (Tiling(16, 16, 4, 26816),),
+    256: (Tiling(16, 16, 8, 51392),),
+    512: (Tiling(16, 16, 8, 100544),),
+}
+"""In float32, whose products are exact multiply-adds and take registers: larger tiles spill thousands of bytes."""
+
+ARCHITECTURES = (80, 86, 90, 100)
+"""Of Nvidia's cards, as compute capability times ten: the kernel is compiled for each by the tests."""
+
+
+def tiling_for(rows: int, size: int, single: bool, shared: int) -> Tiling:
+    """The tiling for so many rows of a key head.
+
+    Args:
+        rows: nodes times query heads per key head.
+        size: of a head, the larger one of keys and values.
+        single: float32 rather than half precision.
+        shared: bytes of shared memory that a program may have on this card.
+
+    Raises:
+        ValueError: the heads are larger than any that the kernel has a tiling for, or than the card has room for.
+    """
+    table = SINGLE if single else HALF
+    found = next((table[bound] for bound in table if size <= bound), ())
+    fitting = [tiling for tiling in found if tiling.shared <= shared]
+    if not fitting:
+        raise ValueError(f"the attention kernel has no tiling for heads of {size} and {shared} bytes of shared memory")
+    return next((tiling for tiling in reversed(fitting) if tiling.rows >= rows), fitting[0])
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have; Triton's interpreter has no limit."""
+    if device.type != "cuda":
+        return 1 << 30
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 @triton.jit
@@ -171,14 +239,13 @@ def _join(
     tl.store(out + row * V_SIZE + dims, mean.to(out.dtype.element_ty), mask=dims < V_SIZE)
 
 
-def splits_for(device: torch.device, capacity: int, programs: int) -> int:
-    """Parts of the keys: enough programs for two per multiprocessor, and none with fewer than 2 x KEYS keys."""
+def splits_for(device: torch.device, capacity: int, programs: int, keys: int) -> int:
+    """Parts of the keys: enough programs for two per multiprocessor, and none with fewer than two blocks of keys."""
     processors = 4 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(2 * processors // max(1, programs), triton.cdiv(capacity, 2 * KEYS), 64))
+    return max(1, min(2 * processors // max(1, programs), triton.cdiv(capacity, 2 * keys), 64))
 
 
-@torch.library.custom_op("lookahead_decoding::tree_attention", mutates_args=())
-def tree_attention(
+def launch(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -199,30 +266,45 @@ def tree_attention(
 
     Returns:
         (batch, nodes, heads, size), in the dtype of the queries.
+
+    Raises:
+        ValueError: the card has no room for heads of this size.
     """
     batch, heads, nodes, size = query.shape
     key_heads, capacity, v_size = key.shape[1], key.shape[2], value.shape[3]
     groups = heads // key_heads
-    tile = max(16, min(64, triton.next_power_of_2(nodes * groups)))
-    tiles = triton.cdiv(nodes * groups, tile)
-    splits = splits_for(query.device, capacity, tiles * batch * key_heads)
+    single = query.dtype == torch.float32
+    tiling = tiling_for(nodes * groups, max(size, v_size), single, shared_memory(query.device))
+    tiles = triton.cdiv(nodes * groups, tiling.rows)
+    splits = splits_for(query.device, capacity, tiles * batch * key_heads, tiling.keys)
     part = torch.empty(batch * key_heads, splits, nodes * groups, v_size, dtype=torch.float32, device=query.device)
     lse = torch.empty(batch * key_heads, splits, nodes * groups, dtype=torch.float32, device=query.device)
     out = torch.empty(batch, nodes, heads, v_size, dtype=query.dtype, device=query.device)
     v_size_p = triton.next_power_of_2(v_size)
-    _part[(tiles, batch * key_heads, splits)](
-        query, key, value, rows, part, lse, scale, softcap, nodes, groups, key_heads, splits,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], rows.stride(0), rows.stride(2),
-        HAS_CAP=softcap > 0, SIZE=size, V_SIZE=v_size, SIZE_P=max(16, triton.next_power_of_2(size)),
-        V_SIZE_P=max(16, v_size_p), TILE=tile, KEYS=KEYS, PRECISE=query.dtype == torch.float32,
-        num_warps=4, num_stages=2,
-    )  # fmt: skip
-    _join[(nodes * groups, batch * key_heads)](
-        part, lse, sinks if sinks is not None else lse, out, nodes, groups, key_heads, splits,
-        HAS_SINKS=sinks is not None, V_SIZE=v_size, V_SIZE_P=max(16, v_size_p),
-        SPLITS_P=triton.next_power_of_2(splits), num_warps=1,
-    )  # fmt: skip
+    with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
+        _part[(tiles, batch * key_heads, splits)](
+            query, key, value, rows, part, lse, scale, softcap, nodes, groups, key_heads, splits,
+            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], rows.stride(0), rows.stride(2),
+            HAS_CAP=softcap > 0, SIZE=size, V_SIZE=v_size, SIZE_P=max(16, triton.next_power_of_2(size)),
+            V_SIZE_P=max(16, v_size_p), TILE=tiling.rows, KEYS=tiling.keys, PRECISE=single,
+            num_warps=tiling.warps, num_stages=STAGES,
+        )  # fmt: skip
+        _join[(nodes * groups, batch * key_heads)](
+            part, lse, sinks if sinks is not None else lse, out, nodes, groups, key_heads, splits,
+            HAS_SINKS=sinks is not None, V_SIZE=v_size, V_SIZE_P=max(16, v_size_p),
+            SPLITS_P=triton.next_power_of_2(splits), num_warps=1,
+        )  # fmt: skip
     return out
+
+
+tree_attention = torch.library.custom_op("lookahead_decoding::tree_attention", launch, mutates_args=())
+"""`launch` as an operation that torch.compile takes as it is."""
+
+
+@tree_attention.register_kernel("cpu")
+def _(query, key, value, rows, scale, softcap=0.0, sinks=None):
+    """The same by PyTorch, for tests of captured steps: Triton's interpreter takes seconds."""
+    return reference(query, key, value, additive_mask(rows, key.shape[2], query.dtype), scale, softcap, sinks)
 
 
 @tree_attention.register_fake

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,17 +42,29 @@ class Switch:
         return end > self.position and (self.plain_after or start < self.position)
 
 
+def frequencies_change(model: PreTrainedModel) -> bool:
+    """Whether a model's rotary frequencies depend on how long the text is."""
+    return next(_changing(text_config(model)), None) is not None
+
+
+def _changing(config: Any) -> Iterator[dict[str, Any]]:
+    """The rotary settings of a configuration whose frequencies change."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for entry in [parameters, *(v for v in parameters.values() if isinstance(v, dict))]:
+        if entry.get("rope_type") in ("dynamic", "longrope"):
+            yield entry
+
+
 def switch_of(model: PreTrainedModel) -> Switch | None:
     """The switch that a model's configuration speaks of, if there is one."""
     config = text_config(model)
-    parameters = getattr(config, "rope_parameters", None) or {}
-    for entry in [parameters, *(v for v in parameters.values() if isinstance(v, dict))]:
-        kind = entry.get("rope_type")
-        if kind in ("dynamic", "longrope"):
-            position = entry.get("original_max_position_embeddings") or config.max_position_embeddings
-            fed = _fed_at(model, position) if kind == "longrope" else None
-            return Switch(position, kind == "dynamic", renews=fed == position + 1, forgets=fed == 1)
-    return None
+    entry = next(_changing(config), None)
+    if entry is None:
+        return None
+    kind = entry["rope_type"]
+    position = entry.get("original_max_position_embeddings") or config.max_position_embeddings
+    fed = _fed_at(model, position) if kind == "longrope" else None
+    return Switch(position, kind == "dynamic", renews=fed == position + 1, forgets=fed == 1)
 
 
 class _Full:

@@ -29,9 +29,10 @@ from .evaluate import (
     parameters_of,
     text_config,
 )
-from .graphs import PACKED, Compiled, StepGraphs, padded, vary
+from .graphs import PACKED, Compiled, StepGraphs, padded, state_of, vary
 from .memory import memory_of
 from .packed import PackedLinears, copied_bytes, version_of, why_not
+from .rope import frequencies_change
 from .sampler import StepLogits
 from .tree import TokenTree
 
@@ -251,12 +252,12 @@ class Room:
     cache: TreeCache
     graphs: StepGraphs
     compile: str
-    weights: object
+    state: object
 
     @property
     def kind(self) -> tuple[int, str, object]:
-        """Sequences, how it runs, and where the weights were that its graphs read."""
-        return len(self.cache.lengths), self.compile, self.weights
+        """Sequences, how it runs, and the state of the model that its graphs were made in."""
+        return len(self.cache.lengths), self.compile, self.state
 
 
 def _keep(free: list[Room], room: Room) -> None:
@@ -268,7 +269,7 @@ def _keep(free: list[Room], room: Room) -> None:
 def room_for(model: PreTrainedModel, capacity: int, batch: int, compile: str, rows: int) -> Room:
     """A free room that is large enough, or a new one, which smaller ones then make way for."""
     free = memory_of(model).free
-    kind = (batch, compile, tuple(p.data_ptr() for p in model.parameters()))
+    kind = (batch, compile, state_of(model))
     for room in free:
         if room.kind == kind and room.cache.capacity >= capacity and room.cache.room >= padded(rows):
             free.remove(room)
@@ -318,7 +319,7 @@ def packed_weights(model: PreTrainedModel) -> PackedLinears:
 def best_way(model: PreTrainedModel) -> str:
     """How a step runs where nobody says so."""
     if device_of(model).type == "cuda":
-        return "full"
+        return "graphs"
     return "off" if why_not(model) or copied_bytes(model) > PACKED_UNASKED else "packed"
 
 
@@ -335,6 +336,8 @@ def not_ready(model: PreTrainedModel, attention: str, compile: str) -> str:
     if len({p.device for p in model.parameters()}) > 1 or model.device.type == "meta":
         return "its weights are on several devices, or loaded when they are needed"
     device = device_of(model).type
+    if (compile == "graphs" or device == "cuda") and frequencies_change(model):
+        return "its rotary frequencies change with the length of the text, which its forward reads back"
     if device not in ("cpu", "cuda"):
         return f"a device of type {device!r} is not supported"
     if compile == "graphs" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
