@@ -43,8 +43,8 @@ class Target:
             padded to fixed shapes and, on a GPU, captured once per size. "full": compiled with torch.compile, and
             captured too on a GPU; a CPU takes minutes for it, and in bfloat16 holds a second copy of the weights as
             well. "auto": "graphs" on a GPU, or "off" with a warning if that cannot be; elsewhere "packed" where that
-            can be and the copy takes at most 2 GiB, or "off". A copy is kept for the model's life, and made anew when the
-            weights have changed; of changes made through `.data`, a sample is looked at.
+            can be and the copy takes at most 2 GiB, or "off". A copy is kept for the model's life, and made anew when
+            the weights have changed; of changes made through `.data`, a sample is looked at.
         max_rows: of a tree, for which layers with a window keep room.
 
     Attributes:
