@@ -131,7 +131,9 @@ def test_a_line_that_the_template_refuses_is_said_and_the_talk_goes_on(pocket, m
     assert out.strip()
 
 
-def test_ctrl_c_stops_an_answer_and_a_second_one_the_command() -> None:
+def test_ctrl_c_stops_an_answer_and_a_second_one_the_command(request) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with _until_interrupted() as interrupted:
         assert not interrupted()
         signal.raise_signal(signal.SIGINT)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import click
 
 from .. import __version__
 from ..config import LookaheadWarning
-from ..torchrun import started
+from ..torchrun import speaks, started
 from .bench import bench
 from .chat import chat
 from .demo import demo
@@ -22,6 +24,9 @@ from .loading import Problem, first_line
 from .printing import say
 from .tune import tune
 from .verify import verify
+
+SILENCE = 10.0
+"""Seconds that the first rank has to say what is wrong."""
 
 WITH_RANKS = ("generate", "verify", "bench")
 """Commands that torchrun may start."""
@@ -55,16 +60,23 @@ def main() -> None:
         sys.exit(error.exit_code)
     except click.ClickException as error:
         say(first_line(Exception(error.format_message())))
-        sys.exit(error.exit_code)
+        _end(error.exit_code)
     except (TypeError, ValueError) as error:  # what the package refuses, which says what to do
         say(first_line(error))
-        sys.exit(Problem.exit_code)
+        _end(Problem.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
         place = f": {error.filename}" if error.filename else ""
         say(f"{error.strerror or error}{place}")
         sys.exit(1)
+
+
+def _end(code: int) -> NoReturn:
+    """Leave; of several ranks the first one first, since torchrun ends all others as soon as one has failed."""
+    if not speaks():
+        time.sleep(SILENCE)
+    sys.exit(code)
 
 
 @contextmanager
