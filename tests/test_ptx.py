@@ -39,7 +39,10 @@ def test_shared_memory_is_what_the_tilings_say() -> None:
 
 @pytest.mark.parametrize("architecture", [80, 86, 90, 100])
 def test_the_kernel_compiles_as_the_table_says(architecture: int) -> None:
-    """Heads of 128; of other sizes the file alone tells, since each variant takes seconds."""
+    """Heads of 128; of other sizes the file alone tells, since each variant takes seconds.
+
+    Another version of Triton allocates other registers, so there the table says nothing.
+    """
     triton = pytest.importorskip("triton")
     if triton.__version__ != json.loads(TABLE.read_text())["triton"]:
         pytest.skip(f"the table is of another Triton than {triton.__version__}")

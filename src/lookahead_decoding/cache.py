@@ -79,16 +79,13 @@ class Slots:
         """One more layer will take a buffer of each kind."""
         self._layers += 1
 
+    @torch.inference_mode(False)  # the caller's may end before the next request
     def take(self, kind: str, like: torch.Tensor) -> torch.Tensor:
         """A layer's buffer of a kind ("keys" or "values") for rows like these.
 
         Layers of one shape lie in one stack, so that one copy serves them all; the first layer says which shape that
         is, and a layer of another gets a buffer of its own.
         """
-        with torch.inference_mode(False):  # the caller's, which may end before the next request
-            return self._taken(kind, like)
-
-    def _taken(self, kind: str, like: torch.Tensor) -> torch.Tensor:
         heads, size = like.shape[1], like.shape[3]
         shape = (len(self.lengths), heads, self.capacity, size)
         if kind not in self._free:

@@ -137,8 +137,13 @@ def _shared(shared: Any, config: LookaheadConfig) -> Namespace | None:
     return shared
 
 
-def _tokenizer(tokenizer: Any) -> Any:
-    if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "decode")):
+def check_tokenizer(tokenizer: Any) -> Any:
+    """The tokenizer, if it is one.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not (callable(tokenizer) and hasattr(tokenizer, "decode")):
         raise TypeError(f"tokenizer must be a tokenizer, as AutoTokenizer gives, got {type(tokenizer).__name__}")
     return tokenizer
 
@@ -261,7 +266,7 @@ class LookaheadDecoding:
             raise ValueError("stop_strings needs the tokenizer: pass tokenizer= as well")
         self.config = config or LookaheadConfig()
         self.streamer = streamer
-        self.tokenizer = _tokenizer(tokenizer)
+        self.tokenizer = None if tokenizer is None else check_tokenizer(tokenizer)
         self.stop_strings = _texts(stop_strings)
         if seeds is not None and seed is not None:
             raise ValueError("seed and seeds exclude each other: give one of them")

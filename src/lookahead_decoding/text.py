@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import LookaheadConfig
 from .evaluate import device_of, unwrapped
-from .hf import LookaheadDecoding, Run, call_generate
+from .hf import LookaheadDecoding, Run, call_generate, check_tokenizer
 from .ranks import Ranks
 from .shared import Namespace
 from .sources import Propose
@@ -134,8 +134,7 @@ def stream(
         raise ValueError("attention_mask: a stream has one prompt without padding; leave it out")
     if (prompt is None) == (messages is None):
         raise TypeError("give a prompt or messages, one of them")
-    if not callable(tokenizer) or not hasattr(tokenizer, "decode"):
-        raise TypeError(f"tokenizer must be a tokenizer, as AutoTokenizer gives, got {type(tokenizer).__name__}")
+    check_tokenizer(tokenizer)
     model = unwrapped(model)
     if messages is not None:
         prompt = chat_ids(tokenizer, messages)
