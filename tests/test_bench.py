@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 import lookahead_decoding as ld
 import many
 from lookahead_decoding.bench import METHODS
-from lookahead_decoding.bench.methods import Job, Replay, make, measure, warm_up
+from lookahead_decoding.bench.methods import Job, Replay, make, measure, of_steps, warm_up
 from lookahead_decoding.bench.result import About, Result, Row, distinct_share
 from lookahead_decoding.bench.step import Limits, cache_bytes, commit_times, limits, step_times, tree_of
 from lookahead_decoding.cli import main as cli
+from lookahead_decoding.stats import Stats
 from test_exactness import prompt_of
 
 Tiny = Callable[..., torch.nn.Module]
@@ -34,6 +35,17 @@ def test_where_every_prompt_loops_the_best_plain_method_is_the_fastest_on_those(
         row(0, name, (t,), share=0.1) for name, t in (("autoregressive@float32", 2.0), ("hf-greedy@float32", 1.0))
     )
     assert Result(ABOUT, [slow, fast]).best_plain == "hf-greedy@float32"
+
+
+def test_answers_are_short_by_what_they_may_be() -> None:
+    cut = row(0, "autoregressive@float32", (1.0,), tokens=16)
+    assert not Result(ABOUT, [cut]).of("autoregressive@float32")
+    assert Result(ABOUT, [cut], short=16).of("autoregressive@float32") == [cut]
+
+
+def test_an_answer_without_a_step_says_nothing_of_steps() -> None:
+    counts = of_steps(Stats(sequences=1, tokens=1, forwards=1, sequence_forwards=1))
+    assert (counts["rows_per_step"], counts["plain_share"]) == (None, None)
 
 
 def test_ratios_are_medians_over_prompts_to_the_best_plain_method_of_any_dtype() -> None:

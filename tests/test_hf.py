@@ -341,6 +341,10 @@ def test_a_criterion_may_answer_with_a_bool(tiny: Tiny) -> None:
         ({"seeds": ["a"]}, "seeds must be integers"),
         ({"seeds": 1}, "seeds must be integers"),
         ({"generation_config": {"max_new_tokens": 3}}, "must be a GenerationConfig, got dict"),
+        ({"lookahead": True}, "lookahead must be a LookaheadConfig"),
+        ({"attention_mask": "x"}, "attention_mask must be a tensor"),
+        ({"logits_processor": len}, "logits_processor must be a LogitsProcessorList"),
+        ({"stopping_criteria": len}, "stopping_criteria must be a StoppingCriteriaList"),
     ],
 )
 def test_wrong_types_are_named(options: dict[str, object], message: str, tiny: Tiny) -> None:
@@ -556,7 +560,7 @@ def test_an_empty_prompt_is_refused(tiny: Tiny) -> None:
 
 @pytest.mark.parametrize("config", [(4, 3, 3), {"window_size": 4}, "4/3/3"])
 def test_a_config_of_another_type_is_refused(config: object, tiny: Tiny) -> None:
-    with pytest.raises(TypeError, match="config must be a LookaheadConfig"):
+    with pytest.raises(TypeError, match="lookahead must be a LookaheadConfig"):
         ld.generate(tiny(), prompt_of(5), max_new_tokens=1, lookahead=config)
 
 

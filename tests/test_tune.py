@@ -12,6 +12,7 @@ from lookahead_decoding import Stats, profile
 from lookahead_decoding.bench.tune import Tuning
 from lookahead_decoding.cli import doctor
 from lookahead_decoding.cli import main as cli
+from lookahead_decoding.cli.printing import command_line
 from lookahead_decoding.evaluate import OURS
 from lookahead_decoding.probe import Strategy
 
@@ -85,11 +86,42 @@ def test_doctor_says_whether_it_pays(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert doctor.verdict(0.99, "hf-greedy@float32") == (
         "It hardly pays here: about 0.99 times the best plain decoding (hf-greedy@float32) on the sample."
     )
+    assert doctor.verdict(0.9, "hf-greedy@float32").startswith("It does not pay here: about 0.90 times ")
     assert doctor.verdict(1.5, "hf-greedy@float32") == (
         "It pays here: about 1.50 times the best plain decoding (hf-greedy@float32) on the sample."
     )
-    assert printed.splitlines()[-5].startswith("lookahead generate pocket --dtype float32 --compile ")
-    assert any(line in printed for line in ("It pays here: about ", "It hardly pays here: about "))
+    assert any(f"It {word} here: about " in printed for word in ("pays", "hardly pays", "does not pay"))
+    assert "model = AutoModelForCausalLM.from_pretrained(\n    ld.pocket_path(), dtype=torch.float32\n)" in printed
+
+
+def test_the_fastest_method_is_the_one_to_copy() -> None:
+    way = doctor.Way("float32", "packed", model=None)  # type: ignore[arg-type]
+    command, python = doctor._to_copy("my model", way, ["--chat"], "lookahead")
+    assert command == [
+        "lookahead generate",
+        "'my model'",
+        "--dtype float32",
+        "--compile packed",
+        "--chat",
+        "-p 'your prompt'",
+    ]
+    assert "decoding = ld.LookaheadDecoding(compile='packed')" in python
+    command, python = doctor._to_copy("m", way, [], "autoregressive")
+    assert "--plain" in command
+    assert "decoding = ld.LookaheadDecoding(ld.PLAIN, compile='packed')" in python
+    command, python = doctor._to_copy("m", way, [], "hf-greedy")
+    assert command == []
+    assert python.endswith("ids = model.generate(**inputs, max_new_tokens=128, do_sample=False)")
+
+
+def test_a_command_breaks_between_its_words() -> None:
+    words = ["lookahead generate", "pocket", "--dtype float32", "-p 'your prompt'"]
+    assert command_line(words, 80) == " ".join(words)
+    assert command_line(words, 30).splitlines() == [
+        "lookahead generate pocket \\",
+        "  --dtype float32 \\",
+        "  -p 'your prompt'",
+    ]
 
 
 def test_advice_depends_on_what_was_found() -> None:

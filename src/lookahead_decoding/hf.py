@@ -448,6 +448,10 @@ def generate(
     Raises:
         TypeError, ValueError: an argument that is wrong or cannot be honoured; the message says what to do.
     """
+    if not isinstance(lookahead, LookaheadDecoding | LookaheadConfig | None):
+        raise TypeError(
+            f"lookahead must be a LookaheadConfig or a LookaheadDecoding, got {lookahead!r}; or leave it out"
+        )
     base = lookahead if isinstance(lookahead, LookaheadDecoding) else LookaheadDecoding(lookahead)
     model = unwrapped(model)
     decoding = LookaheadDecoding(
@@ -500,6 +504,12 @@ def call_generate(model: PreTrainedModel, decoding: LookaheadDecoding, loop: Any
     for name in ("max_new_tokens", "max_length"):
         if isinstance(kwargs.get(name), str | bool | float):
             raise TypeError(f"{name} must be an integer, got {kwargs[name]!r}")
+    for name in ("attention_mask", "position_ids"):
+        if kwargs.get(name) is not None and not isinstance(kwargs[name], torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, (batch, length), got {type(kwargs[name]).__name__}")
+    for name, kind in (("logits_processor", "LogitsProcessorList"), ("stopping_criteria", "StoppingCriteriaList")):
+        if kwargs.get(name) is not None and not isinstance(kwargs[name], list):
+            raise TypeError(f"{name} must be a {kind}, such as {kind}([...]), got {type(kwargs[name]).__name__}")
     config = kwargs.get("generation_config")
     if config is not None and not isinstance(config, GenerationConfig):
         raise TypeError(f"generation_config must be a GenerationConfig, got {type(config).__name__}")

@@ -63,6 +63,8 @@ class Stats:
     @property
     def summary(self) -> str:
         """The counts in words."""
+        if not self.forwards:
+            return "no call yet"
         fed = f"{self.rows_per_step:.1f} rows per step, {self.plain_share:.0%} of them plain"
         drafts = ", ".join(f"{name} {one.accepted} of {one.proposed}" for name, one in self.sources.items())
         given = f"{self.tokens} tokens in {self.forwards} forwards, {self.mean_acceptance_length:.2f} tokens per step"
@@ -81,7 +83,7 @@ class Stats:
             "plain steps": f"{self.plain_share:.0%}",
         }
         for name, one in self.sources.items():
-            facts[f"drafts of {name}"] = f"{one.accepted} of {one.proposed} accepted"
+            facts[f"guesses from {name}"] = f"{one.accepted} of {one.proposed} accepted"
         rows = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in facts.items())
         return f"<table>{rows}</table>"
 

@@ -128,13 +128,13 @@ def stream(
             raise ValueError(f"{name}: a stream gives its steps itself; leave it out, or use generate")
     if kwargs.get("num_return_sequences", 1) not in (None, 1):
         raise ValueError("num_return_sequences: a stream has one sequence; start several")
-    if isinstance(lookahead, LookaheadDecoding):
-        raise TypeError("lookahead: a stream takes a LookaheadConfig")
+    if not isinstance(lookahead, LookaheadConfig | None):
+        raise TypeError(f"lookahead must be a LookaheadConfig, got {lookahead!r}; what else it takes are its arguments")
     if kwargs.pop("attention_mask", None) is not None:
         raise ValueError("attention_mask: a stream has one prompt without padding; leave it out")
+    check_tokenizer(tokenizer)
     if (prompt is None) == (messages is None):
         raise TypeError("give a prompt or messages, one of them")
-    check_tokenizer(tokenizer)
     model = unwrapped(model)
     if messages is not None:
         prompt = chat_ids(tokenizer, messages)

@@ -172,8 +172,8 @@ def answer(method: Method, job: Job, options: dict[str, Any]) -> tuple[list[list
 def of_steps(stats: Stats) -> dict[str, Any]:
     """What a `Row` says of the steps: rows and plain ones, and the drafts of each source."""
     return {
-        "rows_per_step": round(stats.rows_per_step, 2),
-        "plain_share": round(stats.plain_share, 3),
+        "rows_per_step": round(stats.rows_per_step, 2) if stats.steps else None,
+        "plain_share": round(stats.plain_share, 3) if stats.steps else None,
         "sources": {
             name: {"proposed": c.proposed, "accepted": c.accepted, "rows": round(c.rows, 1)}
             for name, c in stats.sources.items()
@@ -265,7 +265,7 @@ def measure(
             times = tuple(round(s, 5) for s in seconds[method.label])
             tokens = sum(map(len, texts))
             same = texts == wanted
-            length = stats.mean_acceptance_length if stats else None
+            length = stats.mean_acceptance_length if stats and stats.steps else None
             row = Row(number, method.label, method.plain, tokens, times, length, share, same, len(texts))
             rows.append(row if stats is None else replace(row, **of_steps(stats), ranks=of_ranks(stats)))
         yield rows

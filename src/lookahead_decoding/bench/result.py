@@ -99,12 +99,14 @@ class Result:
     """All rows of a run, and what follows from them.
 
     Attributes:
+        short: texts of fewer tokens are too short to tell: SHORT, or where answers are cut before that, their limit.
         left_out: methods that do not run here, with the reason.
         interrupted: before all prompts were measured.
     """
 
     about: About
     rows: list[Row] = field(default_factory=list)
+    short: int = SHORT
     left_out: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
 
@@ -115,7 +117,9 @@ class Result:
 
     def of(self, method: str, looping: bool = False) -> list[Row]:
         """A method's rows on prompts whose text loops, or does not."""
-        loops = {row.prompt for row in self.rows if row.distinct_8_grams <= LOOP or row.tokens < SHORT * row.sequences}
+        loops = {
+            row.prompt for row in self.rows if row.distinct_8_grams <= LOOP or row.tokens < self.short * row.sequences
+        }
         return [row for row in self.rows if row.method == method and (row.prompt in loops) == looping]
 
     def speed(self, method: str, looping: bool = False) -> float:

@@ -33,8 +33,8 @@ class Answer:
     tokens: int
     steps: int
     mean_acceptance_length: float
-    rows_per_step: float
-    plain_share: float
+    rows_per_step: float | None
+    plain_share: float | None
     sources: dict[str, dict[str, float]]
     seconds: float
     tokens_per_second: float

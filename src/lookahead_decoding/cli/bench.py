@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,20 +28,20 @@ if TYPE_CHECKING:
 
 
 class _Default(click.Group):
-    """`bench MODEL` is `bench run MODEL`."""
+    """`bench MODEL` is `bench run MODEL`, and `bench --help` that command's."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
+        if args and args[0] not in self.commands:
+            meant = get_close_matches(args[0], self.commands, cutoff=0.7)
+            if meant and not Path(args[0]).exists():
+                raise click.UsageError(f"no model {args[0]!r}: did you mean `bench {meant[0]}`?", ctx)
             args.insert(0, "run")
         return super().parse_args(ctx, args)
 
 
 @click.group(cls=_Default)
 def bench() -> None:
-    """Compare methods on prompts (`bench MODEL ...`), or time a step (`bench step MODEL`).
-
-    The options of the first are under `bench run --help`.
-    """
+    """Compare methods on prompts (`bench MODEL ...`), or time a step (`bench step MODEL`)."""
 
 
 @bench.command("run")
@@ -106,6 +107,8 @@ def run(
 
     Started with torchrun, the method "parallel" shares every step among all ranks; the others run on the first rank
     while the rest wait.
+
+    `lookahead bench step MODEL` times a step by its rows instead: `lookahead bench step --help`.
     """
     if plot is not None:
         _need_matplotlib(plot)
@@ -133,7 +136,7 @@ def run(
     import torch
 
     from ..bench.methods import Job, make, measure, warm_up
-    from ..bench.result import About, Result
+    from ..bench.result import SHORT, About, Result
     from ..profile import device_name
 
     made = []
@@ -170,7 +173,7 @@ def run(
         device=device_name(target.device),
         threads=torch.get_num_threads(),
     )
-    result = Result(about)
+    result = Result(about, short=min(SHORT, options.get("max_new_tokens", SHORT)))
     try:
         with progress() as bar:
             task = bar.add_task("compiling and warming up" if compile == "full" else "warming up", total=None)
@@ -238,8 +241,6 @@ def _need_matplotlib(plot: Path) -> None:
 
 
 def _show(result: Result) -> None:
-    from ..bench.result import SHORT
-
     out = console()
     counted = "batches" if any(row.sequences > 1 for row in result.rows) else "prompts"
     lines = result.summary()
@@ -275,7 +276,9 @@ def _show(result: Result) -> None:
         if line["ranks"] and not line["looping"]:
             out.print(f"{line['method']}: {ranks_line(line['ranks'])}")
     if loops:
-        out.print(f"* answers that repeat themselves (half of the 8-grams or more), or of fewer than {SHORT} tokens")
+        out.print(
+            f"* answers that repeat themselves (half of the 8-grams or more), or of fewer than {result.short} tokens"
+        )
     for label, reason in result.left_out.items():
         out.print(f"{label} does not run here: {reason}")
     out.print(f"{result.about.mode}; {result.about.device}, {result.about.threads} threads")
@@ -289,9 +292,9 @@ def _show(result: Result) -> None:
 
 
 def sources_line(sources: Any) -> str:
-    """Drafts by source, in words."""
+    """Guesses by source, in words."""
     return "; ".join(
-        f"{name} {count['accepted']:.0f} of {count['proposed']:.0f} drafts accepted, {count['rows']:.0f} rows"
+        f"{name} {count['accepted']:.0f} of {count['proposed']:.0f} guesses accepted, {count['rows']:.0f} rows"
         for name, count in sources.items()
     )
 
@@ -370,9 +373,8 @@ def step(
     commits = commit_times(target) if place.strategy.name == "tree" else {}
     held, needed = cache_bytes(target)
     least = ", ".join(f"{machine.milliseconds(n):.2f} ms for {n} row{'s' if n > 1 else ''}" for n in sizes)
-    out.print(
-        f"candidates: {place.strategy.name}; attention: {place.attention}; {place.strategy.drawback}".rstrip("; ")
-    )
+    checked = f"guesses are checked as: {place.strategy.name}; attention: {place.attention}"
+    out.print(f"{checked}; {place.strategy.drawback}".rstrip("; "))
     out.print(f"the machine allows, roughly (weights read, products computed): {least}")
     out.print("share of a step: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
     out.print(f"outside the forward: {outside:.2f} ms per step of {stats.rows_per_step:.1f} rows")

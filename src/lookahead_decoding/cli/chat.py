@@ -12,7 +12,8 @@ import click
 
 from ..config import LookaheadConfig
 from .loading import Problem, check_text, first_line, load, sampling
-from .options import dtype_option, lookahead_options, model_options, sampling_options, shared_options
+from .options import dtype_option, lookahead_options, model_options, plain_option, sampling_options, shared_options
+from .printing import in_width
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 HELP = """/reset  forget the talk so far
 /exit   leave, as Ctrl-D does
 /help   this text
-Ctrl-C stops an answer and keeps what it said. Arrow keys edit the line and bring back earlier ones; lines that are
-pasted together are one turn."""
+Ctrl-C stops an answer and keeps what it said.
+Arrow keys edit the line and bring back earlier ones; lines that are pasted together are one turn."""
 
 
 @click.command()
@@ -33,6 +34,7 @@ pasted together are one turn."""
 @sampling_options(default_length=None)
 @lookahead_options
 @shared_options
+@plain_option
 def chat(
     model: str,
     device: str | None,
@@ -54,8 +56,15 @@ def chat(
     ends them, or where its context does.
     """
     chosen = sampling(temperature, top_k, top_p)
+    if sys.stdin.isatty():
+        _tell(f"[loading {model}]")
     target, tokenizer = load(model, dtype, device, trust_remote_code)
     from ..text import stream
+
+    if not tokenizer.chat_template:
+        _tell(f"[{model} has no chat template: it goes on with the text so far]")
+    if sys.stdin.isatty():
+        _tell("[ready: /help says what you can do, Ctrl-D leaves]")
 
     talk = Talk(target, tokenizer, system)
     options = chosen | {"compile": compile, "shared": shared}
@@ -198,4 +207,5 @@ def _until_interrupted() -> Iterator[Callable[[], bool]]:
 
 def _tell(message: str) -> None:
     """A line that is not the model's: beside the answers where those go to a file."""
-    print(message, file=sys.stdout if sys.stdout.isatty() else sys.stderr, flush=True)
+    to = sys.stdout if sys.stdout.isatty() else sys.stderr
+    print(in_width(message, to), file=to, flush=True)

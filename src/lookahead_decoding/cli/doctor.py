@@ -14,7 +14,7 @@ import click
 from ..config import LookaheadConfig
 from .loading import THREADS, Problem, encode, first_line, load, read_prompts, room, samples
 from .options import compile_option, dtype_option, model_options, prompt_options
-from .printing import Column, console, item, progress, show
+from .printing import Column, command_line, console, item, progress, show
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 
 LITTLE = 1.05
 """A speedup below this is not worth the name."""
+
+NOISE = 0.97
+"""A ratio from here up to 1 may be chance: lookahead decoding, which then costs nothing, is still recommended."""
+
+ENOUGH = 128
+"""Tokens on which a recommendation may rest."""
 
 TOKENS = 128
 """Of an answer, where all answers take no longer than `SECONDS`."""
@@ -217,10 +223,10 @@ def _report(
             bar.advance(task)
     times = dict(forwards)
     rows = result.of(fastest, looping)
-    mean = {
-        name: sum(getattr(row, name) or 0.0 for row in rows) / len(rows)
-        for name in ("mean_acceptance_length", "rows_per_step", "plain_share")
-    }
+    mean = {}
+    for name, plain in (("mean_acceptance_length", 1.0), ("rows_per_step", 1.0), ("plain_share", 1.0)):
+        found = [value for row in rows if (value := getattr(row, name)) is not None]
+        mean[name] = sum(found) / len(found) if found else plain
     speeds = {method: result.speed(method, looping) for method in result.methods}
     best = max((method for method in speeds if not method.startswith("lookahead@")), key=speeds.__getitem__)
     speedup, over_generate = (
@@ -232,7 +238,7 @@ def _report(
         "threads": torch.get_num_threads(),
         "dtype": way.dtype,
         "steps_run": RUNS[place.how],
-        "candidates": place.strategy.name,
+        "checked_as": place.strategy.name,
         "attention": _attention(place),
         "profile": "saved by `lookahead tune`"
         if profile.load(place.machine)
@@ -249,12 +255,17 @@ def _report(
         "over_generate": round(over_generate, 2),
     }
     advice = advise(way.model, place, times, mean["mean_acceptance_length"], own_prompts)
-    if speedup < 1:  # the best plain decoding, in whichever way that was
-        _, _, ran = best.partition("@")
+    small = sum(row.tokens for row in rows)
+    if small < ENOUGH:
+        advice.insert(0, f"{small} tokens decide little: give more prompts, or longer answers (-n)")
+    if speedup < NOISE:  # the best plain decoding, in whichever way that was
+        fastest, (_, _, ran) = best, best.partition("@")
         way = next(one for one in ways if ran in (one.name, one.dtype))
-    command, python = _to_copy(model, way, options, plain=speedup < 1)
+    command, python = _to_copy(model, way, options, fastest.partition("@")[0])
     if as_json:
-        print(json.dumps(facts | {"sources": sources, "advice": advice, "command": command, "python": python}))
+        print(
+            json.dumps(facts | {"sources": sources, "advice": advice, "command": " ".join(command), "python": python})
+        )
         return
     out = console()
     labels = {"t8_over_t1": "time of 8 rows", "t32_over_t1": "time of 32 rows", "step_ms": "time of one row"}
@@ -271,7 +282,7 @@ def _report(
     for name, count in sources.items():
         share = count["accepted"] / count["proposed"] if count["proposed"] else 0.0
         pairs.append(
-            (f"drafts of {name}", f"{count['accepted']:.0f} of {count['proposed']:.0f} accepted ({share:.0%})")
+            (f"guesses from {name}", f"{count['accepted']:.0f} of {count['proposed']:.0f} accepted ({share:.0%})")
         )
     wide = max(len(name) for name, _ in pairs) + 2
     for name, value in pairs:
@@ -281,8 +292,11 @@ def _report(
     show([Column("method", methods), Column("tokens/s", [f"{speeds[method]:.1f}" for method in methods])], out)
     for line in advice:
         item(f"* {line}", out)
+    out.print()
     out.print(verdict(speedup, best), style="bold", markup=False)
-    out.print(f"\n{command}\n", markup=False, soft_wrap=True)
+    out.print()
+    if command:
+        out.print(command_line(command, out.width), "", sep="\n", markup=False, soft_wrap=True)
     out.print(python, markup=False, soft_wrap=True)
 
 
@@ -290,21 +304,23 @@ def verdict(speedup: float, best: str) -> str:
     """Whether it pays, in a sentence."""
     if speedup >= LITTLE:
         return f"It pays here: about {speedup:.2f} times the best plain decoding ({best}) on the sample."
+    if speedup < NOISE:
+        return f"It does not pay here: about {speedup:.2f} times the best plain decoding ({best}) on the sample."
     return f"It hardly pays here: about {speedup:.2f} times the best plain decoding ({best}) on the sample."
 
 
-def _to_copy(model: str, way: Way, options: Sequence[str], plain: bool) -> tuple[str, str]:
-    """The recommendation as a command and as Python."""
+def _to_copy(model: str, way: Way, options: Sequence[str], method: str) -> tuple[list[str], str]:
+    """The recommendation as the words of a command, none where no command does it, and as Python."""
     path = "ld.pocket_path()" if model == "pocket" else repr(model)
+    loading = f"model = AutoModelForCausalLM.from_pretrained(\n    {path}, dtype=torch.{way.dtype}\n)\n"
+    arguments = "**inputs, max_new_tokens=128, do_sample=False"
+    if method == "hf-greedy":
+        return [], f"{loading}ids = model.generate({arguments})"
+    plain = method == "autoregressive"
     parts = [f"--dtype {way.dtype}", f"--compile {way.compile}", *["--plain"] * plain, *options]
-    command = f"lookahead generate {shlex.quote(model)} {' '.join(parts)} -p 'your prompt'"
-    settings = "ld.PLAIN, " if plain else ""
-    python = (
-        f"model = AutoModelForCausalLM.from_pretrained({path}, dtype=torch.{way.dtype})\n"
-        f"decoding = ld.LookaheadDecoding({settings}compile={way.compile!r})\n"
-        "ids = ld.generate(model, **inputs, max_new_tokens=128, do_sample=False, lookahead=decoding)"
-    )
-    return command, python
+    command = ["lookahead generate", shlex.quote(model), *parts, "-p 'your prompt'"]
+    decoding = f"decoding = ld.LookaheadDecoding({'ld.PLAIN, ' * plain}compile={way.compile!r})\n"
+    return command, f"{loading}{decoding}ids = ld.generate(\n    model, {arguments}, lookahead=decoding\n)"
 
 
 def _attention(target: Target) -> str:

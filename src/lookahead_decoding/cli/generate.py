@@ -9,11 +9,19 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..config import PLAIN, LookaheadConfig
+from ..config import LookaheadConfig
 from ..torchrun import speaks
 from .answers import Answer, answer, batches
 from .loading import Problem, Prompt, encode, first_line, load, read_prompts, sampling
-from .options import dtype_option, lookahead_options, model_options, sampling_options, shared_options, with_ranks
+from .options import (
+    dtype_option,
+    lookahead_options,
+    model_options,
+    plain_option,
+    sampling_options,
+    shared_options,
+    with_ranks,
+)
 from .printing import say
 
 if TYPE_CHECKING:
@@ -26,8 +34,12 @@ if TYPE_CHECKING:
 @click.command()
 @model_options
 @click.option("-p", "--prompt", help="One prompt. Standard input if neither this nor --prompts is given.")
-@click.option("--prompts", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A JSONL file.")
-@click.option("--field", default="prompt", show_default=True, help="That holds the text, or messages, in --prompts.")
+@click.option(
+    "--prompts", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A JSONL file of prompts."
+)
+@click.option(
+    "--field", default="prompt", show_default=True, help="Field of --prompts that holds the text, or messages."
+)
 @click.option("--chat", is_flag=True, help="Put prompts into the model's chat template, as its makers meant.")
 @click.option("--system", help="A system message before each prompt; means --chat.")
 @click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Prompts answered at once.")
@@ -36,7 +48,7 @@ if TYPE_CHECKING:
 @sampling_options()
 @lookahead_options
 @shared_options
-@click.option("--plain", is_flag=True, help="Decode plainly, for comparison.")
+@plain_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per prompt, and nothing else.")
 @with_ranks
 def generate(
@@ -59,7 +71,6 @@ def generate(
     config: LookaheadConfig,
     compile: str,
     shared: Namespace | None,
-    plain: bool,
     as_json: bool,
     ranks: Ranks | None,
 ) -> None:
@@ -67,12 +78,9 @@ def generate(
 
     Started with torchrun, all ranks share every step, and the first one prints.
     """
-    if plain and config != LookaheadConfig():
-        raise Problem("--plain guesses nothing: leave out what is set for lookahead decoding")
     options = sampling(temperature, top_k, top_p)
     if "" in stop:
         raise Problem("--stop needs a text, got an empty one")
-    config = PLAIN if plain else config
     asked = _asked(prompt, prompts, field, ranks)
     if chat or system is not None:
         asked = [one.in_chat(system) for one in asked]

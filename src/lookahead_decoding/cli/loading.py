@@ -6,12 +6,15 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from .. import pocket_path
+from .printing import say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,6 +30,9 @@ THREADS = "lookahead_decoding.threads"
 
 def keep_threads(context: click.Context, parameter: click.Parameter, value: int | None) -> None:
     """Keep --threads for `load`, which is the first to need torch."""
+    there = os.cpu_count()
+    if value is not None and there is not None and value > there:
+        raise click.BadParameter(f"{value} is more than the processor has ({there})", context, parameter)
     context.meta[THREADS] = value
 
 
@@ -41,6 +47,8 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer by 'pocket', a folder, or a hub id; the part of one rank where ranks divide it."""
     options: dict[str, Any] = {"trust_remote_code": trust}
+    if name.lower().endswith(".gguf"):
+        raise Problem(f"{name!r}: GGUF files are not read; give the model as transformers keeps it, a folder or hub id")
     if name == "pocket" or _looks_local(name):
         path = str(_folder(name))
     else:
@@ -66,6 +74,8 @@ def load(
         where = str(ranks.device)
     try:
         torch.empty(0, device=where)
+    except NotImplementedError as error:
+        raise Problem(f"cannot use device {where!r}: this machine, or its build of PyTorch, has none") from error
     except (RuntimeError, AssertionError) as error:
         raise Problem(f"cannot use device {where!r}: {first_line(error)}") from error
     try:
@@ -78,7 +88,16 @@ def load(
         probe(model.eval())
     except ValueError as error:
         raise Problem(str(error)) from error
+    if dtype == "auto" and _slow_in_bfloat16(model):
+        say("this processor has no instructions for bfloat16, which the weights are in: --dtype float32 is faster")
     return model, tokenizer
+
+
+def _slow_in_bfloat16(model: PreTrainedModel) -> bool:
+    import torch
+
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return model.device.type == "cpu" and model.dtype == torch.bfloat16 and bool(supported and not supported())
 
 
 def _looks_local(name: str) -> bool:
@@ -86,13 +105,15 @@ def _looks_local(name: str) -> bool:
 
 
 def _folder(name: str) -> Path:
-    """The folder of a model, which has a configuration and weights in it."""
+    """The folder of a model, which has a configuration and a tokenizer in it."""
     path = Path(pocket_path() if name == "pocket" else name).expanduser()
     if not path.is_dir():
         wrong = "{!r} is a file: give the folder that it lies in" if path.exists() else "no model folder at {!r}"
         raise Problem(wrong.format(name))
     if not (path / "config.json").is_file():
         raise Problem(f"no model in {name!r}: there is no config.json in that folder")
+    if not any("token" in file.name or "vocab" in file.name or file.suffix == ".model" for file in path.iterdir()):
+        raise Problem(f"no tokenizer in {name!r}: save it there as well, with tokenizer.save_pretrained")
     return path
 
 
@@ -103,7 +124,8 @@ def _hub_answers(name: str) -> bool:
     if _reachable(constants.ENDPOINT):
         return True
     if not isinstance(try_to_load_from_cache(name, "config.json"), str):
-        raise Problem(f"{name!r} is no folder here and was not downloaded before, and the hub cannot be reached")
+        guess = ": did you mean 'pocket'?" if get_close_matches(name.lower(), ["pocket"]) else ""
+        raise Problem(f"{name!r} is no folder here and was not downloaded before, and the hub cannot be reached{guess}")
     return False
 
 
@@ -123,11 +145,18 @@ def _reachable(address: str, seconds: float = 3.0) -> bool:
         return False
 
 
+LONGEST = 300
+"""Characters of another package's message that are shown, up to the end of a sentence."""
+
+
 def first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    if len(lines) > 1 and lines[0].endswith(":"):
-        return f"{lines[0]} {lines[1]}"
-    return lines[0] if lines else type(error).__name__
+    """What an error says first: its first line, and those that go on with it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    unfinished = list(takewhile(lambda line: line.endswith((",", ":")), lines))
+    said = " ".join(lines[: len(unfinished) + 1])
+    if len(said) > LONGEST and ". " in said[:LONGEST]:
+        said = said[: said.rindex(". ", 0, LONGEST) + 1]
+    return said or type(error).__name__
 
 
 @dataclass(frozen=True)
@@ -195,6 +224,8 @@ def read_prompts(path: Path, field: str, limit: int | None = None) -> list[Promp
         found = record.get(field) if isinstance(record, dict) else None
         if found is None and isinstance(record, dict) and field == FIELD:
             found = record.get("messages")
+            if found is not None and not (isinstance(found, list) and _are_messages(found)):
+                raise Problem(f"{path}, line {number}: messages must be a list of objects with 'role' and 'content'")
         if isinstance(found, list) and found and isinstance(found[0], str):
             found = found[0]
         if not isinstance(found, str | list) or (isinstance(found, list) and not _are_messages(found)):

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..config import COMPILE, MAX_ROWS, SOURCES, LookaheadConfig
+from ..config import COMPILE, MAX_ROWS, PLAIN, SOURCES, LookaheadConfig
 from ..torchrun import PATIENCE, START, speaks, started
-from .loading import DTYPES, FIELD, Problem, first_line, keep_threads
+from .loading import DTYPES, FIELD, Problem, check_file, first_line, keep_threads
 
 if TYPE_CHECKING:
     from ..ranks import Ranks
@@ -96,8 +96,7 @@ def shared_text(path: Path | None, name: str | None) -> Iterator[Namespace | Non
             raise Problem("--namespace is a part of a --shared-pool: give that as well")
         yield None
         return
-    if not path.absolute().parent.is_dir():
-        raise Problem(f"--shared-pool: no folder {str(path.absolute().parent)!r}")
+    check_file(path, "--shared-pool")
     from ..shared import SharedPool
     from ..shared_file import load_pool, save_pool
 
@@ -110,20 +109,32 @@ def shared_text(path: Path | None, name: str | None) -> Iterator[Namespace | Non
         yield namespace
     finally:
         if namespace.tokens and speaks():
+            path.absolute().parent.mkdir(parents=True, exist_ok=True)
             save_pool(pool, path)
 
 
 def model_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.argument("model"),
-        click.option("--device", help="Such as cpu or cuda:0. Default: the first GPU if there is one."),
-        click.option("--trust-remote-code", is_flag=True, help="Run the code that comes with the model."),
         click.option(
-            "--threads", type=click.IntRange(1), expose_value=False, callback=keep_threads, help="Of the processor."
+            "--device", help="Where the model runs, such as cpu or cuda:0. Default: the first GPU if there is one."
         ),
+        click.option("--trust-remote-code", is_flag=True, help="Run the code that comes with the model."),
+        threads_option,
     ):
         command = option(command)
     return command
+
+
+def threads_option(command: Callable[..., None]) -> Callable[..., None]:
+    """How many threads a step runs on, which `load` sets."""
+    return click.option(
+        "--threads",
+        type=click.IntRange(1),
+        expose_value=False,
+        callback=keep_threads,
+        help="Threads of the processor that steps run on.  [default: its cores]",
+    )(command)
 
 
 def lookahead_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -145,10 +156,14 @@ def lookahead_options(command: Callable[..., None]) -> Callable[..., None]:
 
     wrapped: Callable[..., None] = configured
     for option in (
-        click.option("-W", "--window-size", type=int, help="Of the window. Default: what pays, which may be none."),
-        click.option("-N", "--ngram-size", type=int, help="Of the window's n-grams."),
-        click.option("-G", "--verification-set-size", type=int, help="N-grams kept per first token."),
-        click.option("--sources", help=f"Separated by commas. Default: {','.join(SOURCES)}."),
+        click.option(
+            "-W", "--window-size", type=int, help="Columns of the window. Default: what pays, which may be none."
+        ),
+        click.option("-N", "--ngram-size", type=int, help="Length of the window's n-grams, in tokens."),
+        click.option(
+            "-G", "--verification-set-size", type=int, help="N-grams of the window that are kept per first token."
+        ),
+        click.option("--sources", help=f"Where guesses come from, separated by commas. Default: {','.join(SOURCES)}."),
         click.option("--max-rows", type=int, help=f"Rows of a step at most.  [default: {MAX_ROWS}]"),
         click.option(
             "--paper", is_flag=True, help="The paper's algorithm with a fixed W, N, G (15, 5, 15), no prices."
@@ -160,6 +175,19 @@ def lookahead_options(command: Callable[..., None]) -> Callable[..., None]:
     ):
         wrapped = option(wrapped)
     return wrapped
+
+
+def plain_option(command: Callable[..., None]) -> Callable[..., None]:
+    """--plain, which makes `config` that of plain decoding; stands below `lookahead_options`, whose it is."""
+
+    @click.option("--plain", is_flag=True, help="Decode plainly, for comparison.")
+    @functools.wraps(command)
+    def chosen(plain: bool, config: LookaheadConfig, **rest: Any) -> None:
+        if plain and config != LookaheadConfig():
+            raise Problem("--plain guesses nothing: leave out what is set for lookahead decoding")
+        command(config=PLAIN if plain else config, **rest)
+
+    return chosen
 
 
 def shared_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -175,7 +203,7 @@ def shared_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--shared-pool",
             type=click.Path(dir_okay=False, path_type=Path),
-            help="A file with text of earlier requests, where candidates come from as well; answers are added to it.",
+            help="A file with text of earlier requests, where guesses come from as well; answers are added to it.",
         ),
         click.option("--namespace", help="The part of --shared-pool that is read and added to.  [default: default]"),
     ):
@@ -200,7 +228,7 @@ def prompt_options(many: int | None = None) -> Callable[[Callable[..., None]], C
                 help="Only the first prompts.",
             ),
             click.option(
-                "--field", default=FIELD, show_default=True, help="That holds the text, or messages, in --prompts."
+                "--field", default=FIELD, show_default=True, help="Field of --prompts that holds the text, or messages."
             ),
             click.option(
                 "--prompts",
@@ -254,10 +282,14 @@ def sampling_options(default_length: int | None = 128) -> Callable[[Callable[...
                 type=SEED,
                 default=0,
                 show_default=True,
-                help="Of the first prompt; each further one has one more.",
+                help="Seed of the first prompt; each further one has one more.",
             ),
-            click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="When sampling."),
-            click.option("--top-k", type=click.IntRange(0), help="When sampling."),
+            click.option(
+                "--top-p",
+                type=click.FloatRange(0, 1, min_open=True),
+                help="Sample from the likeliest tokens of this probability.",
+            ),
+            click.option("--top-k", type=click.IntRange(0), help="Sample from this many of the likeliest tokens."),
             click.option("--temperature", type=TEMPERATURE, default=0.0, show_default=True, help="0 is greedy."),
             click.option(
                 "-n",
@@ -266,7 +298,7 @@ def sampling_options(default_length: int | None = 128) -> Callable[[Callable[...
                 type=click.IntRange(1),
                 default=default_length,
                 show_default=default_length or "what fits",
-                help="At most; fewer where the context ends.",
+                help="Tokens of an answer at most; fewer where the context ends.",
             ),
         ):
             command = option(command)

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from shutil import get_terminal_size
 from textwrap import fill
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from ..torchrun import speaks
 
@@ -52,7 +53,30 @@ def console(stderr: bool = False) -> Console:
 def say(message: str) -> None:
     """One line beside the answers; of several ranks, the first one's."""
     if speaks():
-        print(f"lookahead: {message}", file=sys.stderr)
+        print(in_width(f"lookahead: {message}", sys.stderr), file=sys.stderr)
+
+
+def in_width(text: str, to: TextIO) -> str:
+    """A text whose lines break between words where they go to a terminal, and stay as they are elsewhere.
+
+    A word that is wider than the terminal, such as a path, stays whole.
+    """
+    if not to.isatty():
+        return text
+    width = get_terminal_size().columns
+    return "\n".join(fill(line, width, break_long_words=False, break_on_hyphens=False) for line in text.splitlines())
+
+
+def command_line(words: Sequence[str], width: int) -> str:
+    """A command of a shell, over several lines where it is wider than a terminal."""
+    lines = [""]
+    for word in words:
+        if lines[-1] and len(lines[-1]) + len(word) + 3 > width:
+            lines[-1] += " \\"
+            lines.append(f"  {word}")
+        else:
+            lines[-1] += f" {word}" if lines[-1] else word
+    return "\n".join(lines)
 
 
 def progress() -> Progress:
@@ -65,7 +89,7 @@ def progress() -> Progress:
 
 def item(text: str, to: Console) -> None:
     """Print an item of a list, whose further lines are set in."""
-    to.print(fill(text, to.width, subsequent_indent="  "), markup=False)
+    to.print(fill(text, to.width, subsequent_indent="  ", break_long_words=False), markup=False)
 
 
 def _that_fit(columns: Sequence[Column], width: int) -> list[Column]:
@@ -78,7 +102,7 @@ def show(columns: Sequence[Column], to: Console) -> None:
     """Print as many columns as fit, the first ones first, and below what their headings mean.
 
     Columns without a cell that says something are left out. Where fewer than `ENOUGH` fit, the rows are numbered, and
-    their names stand below.
+    their names stand below. Columns that do not fit are named, so that nobody misses them unknowingly.
     """
     names, *others = [column for column in columns if any(column.cells)]
     shown = _that_fit([names, *others], to.width)
@@ -95,6 +119,9 @@ def show(columns: Sequence[Column], to: Console) -> None:
     explained = [f"{column.name}: {column.meaning}" for column in shown if column.meaning]
     if numbered:
         explained = [f"{number}: {name}" for number, name in enumerate(names.cells, 1)] + explained
+    hidden = [column.name for column in others if column not in shown]
+    if hidden:
+        explained.append(f"a wider terminal also shows: {', '.join(hidden)}")
     if explained:
         to.print()
         for words in explained:
