@@ -51,6 +51,9 @@ class Compiled:
         function: what to compile.
         options: settings of torch._inductor while it is compiled.
         dynamic: as for torch.compile.
+
+    Raises:
+        ValueError: this torch is too old.
     """
 
     def __init__(
@@ -61,12 +64,14 @@ class Compiled:
         import torch._functorch.config
         import torch._inductor.config  # takes a second, which plain use need not pay
 
+        if not hasattr(torch._dynamo.config, "recompile_limit"):  # where transformers' own wrappers do not compile
+            raise ValueError(f"compile='full' needs torch 2.7 or later, and this is {torch.__version__}")
         self._compiled: Callable[..., torch.Tensor] | None = torch.compile(function, dynamic=dynamic)
 
     def __call__(self, *args: Any) -> torch.Tensor:
         if self._compiled is not None:
             try:  # any call may compile, so the settings hold for all
-                limit = torch._dynamo.config.patch(_limits())
+                limit = torch._dynamo.config.patch(recompile_limit=GRAPHS, fail_on_recompile_limit_hit=True)
                 options = torch._inductor.config.patch(self._options) if self._options else nullcontext()
                 with limit, options, torch._functorch.config.patch(enable_autograd_cache=not self._options):
                     return self._compiled(*args)
@@ -77,14 +82,6 @@ class Compiled:
                 )
                 self._compiled = None
         return self._plain(*args)
-
-
-def _limits() -> dict[str, Any]:
-    """The compiler's setting of how many graphs a step may hold, beyond which it fails; torch 2.6 has older names."""
-    names = ("recompile_limit", "fail_on_recompile_limit_hit")
-    if not hasattr(torch._dynamo.config, names[0]):
-        names = ("cache_size_limit", "fail_on_cache_limit_hit")
-    return dict(zip(names, (GRAPHS, True), strict=True))
 
 
 def vary(*tensors: torch.Tensor, dimensions: Collection[int] | None = None) -> None:

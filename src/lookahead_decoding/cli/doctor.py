@@ -352,6 +352,7 @@ def advise(
 
     from ..bench.step import limits
     from ..packed import copied_bytes, why_not
+    from ..trees import PACKED_UNASKED
 
     advice = []
     cost = times[8] / times[1]
@@ -365,9 +366,9 @@ def advise(
             f"a step that feeds 8 tokens takes {cost:.1f} times as long as one that feeds 1: this device has little "
             "idle arithmetic, so few are guessed"
         )
-    if target.how == "off" and not why_not(model):
-        size = copied_bytes(model) / 2**30
-        advice.append(f"--compile packed may make a step faster; its copy of the weights takes {size:.1f} GiB")
+    size = 0 if why_not(model) else copied_bytes(model)
+    if target.how == "off" and size > PACKED_UNASKED:  # a smaller copy was compared
+        advice.append(f"--compile packed may make a step faster; its copy of the weights takes {size / 2**30:.1f} GiB")
     if model.device.type == "cpu" and target.how in ("off", "packed") and target.strategy.name == "tree":
         outside = times[1] - limits(model).milliseconds(1) / 1e3
         if outside > 0.5 * times[1]:
