@@ -22,6 +22,17 @@ def test_times_lie_on_lines_between_those_that_are_known() -> None:
     assert [StepTimes([(1, 1.0)])(n) for n in (1, 64)] == [1.0, 1.0]
 
 
+def test_rows_that_a_step_is_padded_with_cost_nothing() -> None:
+    times = StepTimes(padded=(1, 16, 64))
+    for time in (5.0, 1.0, 1.0):
+        times.add(1, time)
+    for time in (5.0, 2.0, 2.0):
+        times.add(9, time)  # which is fed as 16
+    assert [times(n) for n in (1, 2, 16)] == [1.0, 2.0, 2.0]
+    tree = growing(Scripted(*HALF), depth=4)
+    assert best_rows([tree], StepTimes([(1, 1.0), (2, 1.1), (16, 1.2)], padded=(1, 16)), 16)[0] == len(tree) == 5
+
+
 def test_times_come_from_steps_of_which_the_first_of_a_size_does_not_count() -> None:
     times = StepTimes()
     assert times(64) > times(1)

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 import lookahead_decoding as ld
 from conftest import ARCHITECTURES
 from lookahead_decoding.config import LookaheadWarning
-from lookahead_decoding.graphs import Compiled, padded
+from lookahead_decoding.graphs import SIZES, Compiled, padded
 from lookahead_decoding.memory import memory_of
 from test_exactness import CONFIGS, GREEDY, SAMPLED, WINDOW_ALONE, batch_of, prompt_of
 
@@ -144,6 +144,27 @@ def test_captured_caches_do_not_pile_up(tiny: Tiny) -> None:
     for batch in range(2, 9):
         ld.Target(model, 20, batch, compile="graphs")
     assert [len(room.cache.lengths) for room in kept] == [5, 6, 7, 8]
+
+
+def test_closing_gives_back_what_was_kept_and_the_next_call_makes_it_anew(tiny: Tiny) -> None:
+    pytest.importorskip("triton")
+    model, ids = copy.deepcopy(tiny()), prompt_of(6)
+    options = {"max_new_tokens": 5, "eos_token_id": None, **GREEDY}
+    decoding = ld.LookaheadDecoding(ld.PLAIN, compile="graphs")
+    first = ld.generate(model, ids, lookahead=decoding, **options)
+    assert memory_of(model).free
+    decoding.close()
+    assert not memory_of(model).free
+    assert torch.equal(ld.generate(model, ids, lookahead=decoding, **options), first)
+
+
+def test_the_budget_proposes_captured_sizes(tiny: Tiny) -> None:
+    pytest.importorskip("triton")
+    target = ld.Target(copy.deepcopy(tiny()), 200, compile="graphs")
+    times = target.step_times(ld.LookaheadConfig(step_times=((1, 1.0), (64, 2.0))))
+    assert times.sizes == SIZES
+    assert times(2) == times(16) < times(17) == times(64)
+    assert ld.Target(tiny(), 200, compile="off").step_times(ld.LookaheadConfig()).sizes != SIZES
 
 
 def test_steps_of_fixed_shape(tiny: Tiny) -> None:

@@ -46,13 +46,17 @@ class StepTimes:
 
     Args:
         known: rows and times that were measured before, and hold; without them they come from the steps as they run.
+        padded: rows that a step is padded to one of, where it is: in between, rows cost nothing.
 
     Attributes:
         fixed: whether they were given.
+        sizes: rows that a step may have to be proposed.
         steps: that were timed so far.
     """
 
-    def __init__(self, known: Iterable[tuple[int, float]] = ()) -> None:
+    def __init__(self, known: Iterable[tuple[int, float]] = (), padded: Sequence[int] = ()) -> None:
+        self.sizes = padded or SIZES
+        self._padded = padded
         self._points = sorted((float(rows), float(time)) for rows, time in known)
         self.fixed = bool(self._points)
         self._seen: dict[int, deque[tuple[int, float]]] = {}
@@ -74,7 +78,8 @@ class StepTimes:
         if self.fixed:
             return
         self.steps += 1
-        size = next((s for s in SIZES if s >= rows), rows)
+        rows = self._fed(rows)
+        size = next((s for s in self.sizes if s >= rows), rows)
         self._latest[size] = self.steps
         if size not in self._seen:
             self._seen[size] = deque(maxlen=KEPT)
@@ -82,6 +87,10 @@ class StepTimes:
         self._seen[size].append((rows, time))
         if self.steps <= EVERY_STEP or self.steps % SOMETIMES == 0:
             self._conclude()
+
+    def _fed(self, rows: int) -> int:
+        """Rows that a step of so many has once it is padded."""
+        return next((size for size in self._padded if size >= rows), rows)
 
     def _conclude(self) -> None:
         """Make points of what was seen. A size that was not fed for long is forgotten, and then tried again."""
@@ -113,7 +122,7 @@ class StepTimes:
         """The time of a step of so many rows: on a line between two that are known, or past the last one."""
         known = self._table.get(rows)
         if known is None:
-            known = self._table[rows] = self._between(rows)
+            known = self._table[rows] = self._between(self._fed(rows))
         return known
 
     def _between(self, rows: int) -> float:
@@ -314,7 +323,7 @@ def best_rows(growing: Sequence[GrowingTree], times: StepTimes, most: int, worth
     """
     best, rate = 0, 0.0
     smallest = max(map(len, growing))
-    sizes = [smallest, *(s for s in SIZES if smallest < s < most), *([most] if most > smallest else [])]
+    sizes = [smallest, *(s for s in times.sizes if smallest < s < most), *([most] if most > smallest else [])]
     prices = [times(size) for size in sizes]
     for i, size in enumerate(sizes):
         expected = sum([tree.grow(size) + worth * len(tree) for tree in growing])

@@ -1,7 +1,8 @@
 """Steps that were made ready once: compiled with torch.compile and, on a GPU, captured at a few fixed sizes.
 
-All integers of a captured step, whatever the context, go to the device in one copy; the step is then one launch.
-Lengths are among these integers, so the same capture serves every step of its size.
+A captured step is one launch: all its integers go to the device in one copy, whatever the context, and what the walk
+needs of its logits, the best tokens of each row, comes back in another. Lengths are among the integers, so the same
+capture serves every step of its size.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import numpy as np
 import torch
 
 from .config import LookaheadWarning
+from .sampler import top_tokens
+from .sources import RANKS
 
 SIZES = (1, 16, 64, 128, 256)
 """Rows of a step are padded to one of these, larger ones to a multiple of 256: each size costs a capture."""
@@ -169,6 +172,7 @@ class _Step:
     """One size: where its integers go, and what comes of them.
 
     Attributes:
+        best: on the host, the argmax of each row and then its best tokens, (batch, nodes, 1 + ranks).
         replay: runs it anew, once it is captured.
         failed: it could not be captured, and runs as it is.
     """
@@ -219,8 +223,8 @@ class StepGraphs:
             keep: nodes that need logits.
 
         Returns:
-            Logits (batch, nodes, vocab) and their argmax (batch, nodes), on the device and valid until the next step;
-            the first len(keep) are those of `keep`.
+            Logits (batch, nodes, vocab) on the device, and on the host the argmax of each row with its best tokens
+            behind it, (batch, nodes, 1 or more); valid until the next step. The first len(keep) are those of `keep`.
         """
         batch, nodes = ids.shape
         step = self._steps.get((batch, nodes))
@@ -231,13 +235,14 @@ class StepGraphs:
         flat = [ids.ravel(), positions.ravel(), *(r.ravel() for r in rows), index]
         np.concatenate(flat, out=step.host.numpy(), casting="same_kind")
         with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
-            step.device.copy_(step.host, non_blocking=True)
             if step.replay is not None:
                 step.replay()
             elif self._recorder is None or step.failed:
                 self._evaluate(model, step)
             else:
                 self._capture(self._recorder, model, step)
+            if self._device.type == "cuda":
+                torch.cuda.current_stream().synchronize()
         assert step.logits is not None
         assert step.best is not None
         return step.logits, step.best
@@ -254,8 +259,15 @@ class StepGraphs:
         return _Step(host, device, parts[0].view(batch, nodes), parts[1].view(batch, nodes), rows, parts[-1])
 
     def _evaluate(self, model: Any, step: _Step) -> None:
+        step.device.copy_(step.host, non_blocking=True)
         step.logits = self._forward(model, step.ids.long(), step.positions.long(), step.rows, step.keep.long())
-        step.best = step.logits.argmax(-1)
+        best = step.logits.argmax(-1, keepdim=True)
+        if best.shape[1] > 1:  # a step of one row is most often plain, and then nothing is learned from it
+            best = torch.cat([best, top_tokens(step.logits, RANKS)], -1)
+        if step.best is None:
+            with torch.inference_mode(False):
+                step.best = torch.zeros(best.shape, dtype=torch.int32, pin_memory=self._device.type == "cuda")
+        step.best.copy_(best.int(), non_blocking=True)
 
     def _capture(self, recorder: Recorder, model: Any, step: _Step) -> None:
         """Run a step for the first time, so that it is captured afterwards; or, if that cannot be, as it is."""

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from transformers import (
@@ -40,6 +41,7 @@ from .decoding import Request, decode
 from .evaluate import CACHE_NAMES, cache_in, cache_name, text_config, unwrapped
 from .following import refuse_what_cannot_follow, state_of
 from .lookahead import Choice, max_rows
+from .memory import memory_of
 from .probe import probe
 from .ranks import Ranks
 from .rope import switch_of
@@ -278,6 +280,15 @@ class LookaheadDecoding:
         self.parallel = parallel
         self.stats = Stats()
         self.finish_reasons: list[str] = []
+        self._served: WeakSet[PreTrainedModel] = WeakSet()
+
+    def close(self) -> None:
+        """Give back the memory that models served so far hold for later calls: captured steps, copies of weights.
+
+        The next call makes anew what it needs. Models that are gone have given theirs back.
+        """
+        for model in self._served:
+            memory_of(model).close()
 
     def __repr__(self) -> str:
         settings = "default settings" if self.config == LookaheadConfig() else repr(self.config)
@@ -325,6 +336,7 @@ class LookaheadDecoding:
     ) -> Run:
         """Everything before the first forward: also a `custom_generate`, to take the steps one by one."""
         probe(model)
+        self._served.add(model)
         _refuse(model, generation_config, model_kwargs)
         if not input_ids.shape[1]:
             raise ValueError("input_ids: the prompt is empty; give at least one token")
@@ -473,6 +485,7 @@ def generate(
         return result
     finally:
         base.stats, base.finish_reasons = decoding.stats, decoding.finish_reasons
+        base._served |= decoding._served
 
 
 def context_of(model: PreTrainedModel) -> int | None:

@@ -28,6 +28,11 @@ class Memory:
         self.told: set[str] = set()
         self.made: dict[str, tuple[object, Any]] = {}
 
+    def close(self) -> None:
+        """Give back the memory of what is kept for later requests: captured steps with their caches, and copies."""
+        self.free.clear()
+        self.made.clear()
+
 
 _memories: WeakKeyDictionary[PreTrainedModel, Memory] = WeakKeyDictionary()
 """Hangs on the models' lives and on nothing else, which is why it is the one piece of global state."""

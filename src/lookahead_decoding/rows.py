@@ -62,6 +62,8 @@ class RowSteps:
         fed_again: accepted tokens that the last forward fed once more.
     """
 
+    sizes: tuple[int, ...] = ()
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -214,6 +216,7 @@ class Lockstep:
     """Plain steps of a batch, left-padded and with transformers' own cache, as `generate` makes them."""
 
     how = "off"
+    sizes: tuple[int, ...] = ()
 
     def __init__(self, model: PreTrainedModel, capacity: int, batch: int) -> None:
         self.model = model

@@ -27,7 +27,8 @@ class StepLogits:
     Attributes:
         logits: (batch, kept rows, vocab), in the model's dtype.
         nodes: node of each kept row, in ascending order; the same for all sequences.
-        best: their argmax, where the target has it already, (batch, at least the kept rows).
+        best: where the target has them already, the argmax of each row and then its best tokens, best first, as
+            integers on the host, (batch, at least the kept rows, 1 or more).
     """
 
     logits: torch.Tensor
@@ -37,7 +38,7 @@ class StepLogits:
     def argmax(self) -> list[list[int]]:
         """The best token of every kept row, (batch, kept rows): one device synchronisation."""
         if self.best is not None:
-            known: list[list[int]] = self.best.tolist()
+            known: list[list[int]] = self.best[..., 0].tolist()
             return known
         if self.logits.device.type == "cpu":  # numpy's argmax is the faster one there
             best: list[list[int]] = self.logits.float().numpy().argmax(-1).tolist()
@@ -47,7 +48,10 @@ class StepLogits:
 
     def top(self, ranks: int) -> list[list[list[int]]]:
         """The best tokens of every kept row, best first, (batch, kept rows, ranks); ties in any order."""
-        found: list[list[list[int]]] = top_tokens(self.logits, ranks).tolist()
+        ranks = min(ranks, self.logits.shape[-1])
+        known = self.best is not None and self.best.shape[-1] > ranks
+        best = self.best[..., 1 : 1 + ranks] if self.best is not None and known else top_tokens(self.logits, ranks)
+        found: list[list[list[int]]] = best.tolist()
         return found
 
     def rows(self, sequence: int) -> Mapping[int, int]:

@@ -187,12 +187,12 @@ class Target:
     def step_times(self, config: LookaheadConfig) -> StepTimes:
         """t(n) of this model, by rows per sequence: as the caller has it, or as steps like this one have shown."""
         if config.fixed_times is not None:
-            return StepTimes(config.fixed_times)
+            return StepTimes(config.fixed_times, self.steps.sizes)
         known = memory_of(self.model).times
         device = device_of(self.model)
         key = self.strategy, len(self.lengths), self.how, self.model.dtype, device, torch.get_num_threads()
         if key not in known:
-            known[key] = StepTimes(profile.load(self.machine) or ())
+            known[key] = StepTimes(profile.load(self.machine) or (), self.steps.sizes)
         return known[key]
 
     @property

@@ -29,7 +29,7 @@ from .evaluate import (
     parameters_of,
     text_config,
 )
-from .graphs import PACKED, Compiled, StepGraphs, padded, state_of, vary
+from .graphs import PACKED, SIZES, Compiled, StepGraphs, padded, state_of, vary
 from .memory import memory_of
 from .packed import PackedLinears, copied_bytes, version_of, why_not
 from .rope import frequencies_change
@@ -106,6 +106,11 @@ class TreeSteps:
     def capacity(self) -> int:
         """Slots per sequence."""
         return self.cache.capacity
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Rows that a step is padded to one of; none where it has the rows of its trees."""
+        return SIZES if self.captured else ()
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> StepLogits:
         """As `Target.prefill`."""
