@@ -65,6 +65,36 @@ def variants() -> Iterator[tuple[int, str, int, Tiling]]:
                     yield architecture, dtype, size, tiling
 
 
+def small(architecture: int, dtype: str) -> dict[str, int]:
+    """Registers of a thread of each small kernel, in a layer of Llama-3-8B: by name."""
+    from lookahead_decoding.small_kernels import _gate, _norm, _rotate
+
+    sizes: dict[Any, dict[str, Any]] = {
+        _norm: {"SHIFT": 0.0, "SIZE_P": 4096},
+        _rotate: {"HALF": 64, "HALF_P": 64},
+        _gate: {"BLOCK": 1024},
+    }
+    found = {}
+    for kernel, constants in sizes.items():
+        names = kernel.arg_names
+        pointers = {"x", "weight", "out", "cosines", "sines", "gate", "up"}
+        types = {name: f"*{dtype}" if name in pointers else "fp32" if name == "eps" else "i32" for name in names}
+        signature = types | dict.fromkeys(constants, "constexpr")
+        places = {(names.index(name),): value for name, value in constants.items()}
+        made = triton.compile(
+            ASTSource(kernel, signature, constexprs=places),
+            target=GPUTarget("cuda", architecture, 32),
+            options={"num_warps": 4},
+        )
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(made.asm["cubin"])
+            file.flush()
+            used = re.search(r"REG:(\d+) STACK:(\d+)", _run("cuobjdump", "-res-usage", file.name))
+        assert used is not None
+        found[kernel.__name__] = int(used.group(1)) if used.group(2) == "0" else -1
+    return found
+
+
 def compiled(architecture: int, dtype: str, size: int, tiling: Tiling) -> Compiled:
     """Compile one variant, and look at its machine code."""
     constants: dict[str, Any] = {"HAS_CAP": False, "SIZE": size, "V_SIZE": size, "SIZE_P": size, "V_SIZE_P": size}

@@ -25,7 +25,9 @@ LAYERS = [
     },
     {
         "attention",
+        "fused",
         "kernels",
+        "small_kernels",
         "graphs",
         "packed",
         "sampler",

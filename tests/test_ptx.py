@@ -18,6 +18,14 @@ def table() -> list[dict[str, object]]:
     return json.loads(TABLE.read_text())["variants"]
 
 
+def said_by(code: str, architecture: int) -> list[dict[str, object]]:
+    """What a program prints in JSON, which must not run in Triton's interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code, str(architecture)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment).stdout
+    return json.loads(said.splitlines()[-1])
+
+
 def test_no_variant_spills_where_it_reads_the_committed_keys() -> None:
     assert {row["architecture"] for row in table()} == {80, 86, 90, 100}
     assert [row for row in table() if row["spills"]] == []
@@ -38,6 +46,17 @@ def test_shared_memory_is_what_the_tilings_say() -> None:
 
 
 @pytest.mark.parametrize("architecture", [80, 86, 90, 100])
+def test_the_small_kernels_compile_without_spills(architecture: int) -> None:
+    pytest.importorskip("triton")
+    code = "import sys, json; from benchmarks import ptx; a = int(sys.argv[1]); " + (
+        "print(json.dumps([ptx.small(a, dtype) for dtype in ('bf16', 'fp32')]))"
+    )
+    for registers in said_by(code, architecture):
+        assert registers.keys() == {"_norm", "_rotate", "_gate"}
+        assert all(0 < used <= 128 for used in registers.values()), registers
+
+
+@pytest.mark.parametrize("architecture", [80, 86, 90, 100])
 def test_the_kernel_compiles_as_the_table_says(architecture: int) -> None:
     """Heads of 128; of other sizes the file alone tells, since each variant takes seconds.
 
@@ -51,7 +70,4 @@ def test_the_kernel_compiles_as_the_table_says(architecture: int) -> None:
         "print(json.dumps([dataclasses.asdict(ptx.compiled(*v)) for v in ptx.variants()"
         " if v[0] == int(sys.argv[1]) and v[2] == 128]))"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", code, str(architecture)]
-    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment).stdout
-    assert json.loads(said.splitlines()[-1]) == wanted
+    assert said_by(code, architecture) == wanted

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from .config import LookaheadWarning
+from .fused import Fused
 from .sampler import top_tokens
 from .sources import RANKS
 
@@ -202,6 +203,7 @@ class StepGraphs:
 
     def __init__(self, forward: Forward, device: torch.device, compile: bool) -> None:
         self._forward = Compiled(forward, dynamic=False) if compile else forward
+        self._fuses = not compile  # a compiler does by itself
         self._device = device
         self._recorder = recorder_for(device)
         self._steps: dict[tuple[int, int], _Step] = {}
@@ -273,7 +275,13 @@ class StepGraphs:
         """Run a step for the first time, so that it is captured afterwards; or, if that cannot be, as it is."""
         before = torch.cuda.memory_allocated() if self._device.type == "cuda" else 0
         try:
-            step.replay = recorder(lambda: self._evaluate(model, step))
+            around = Fused(model) if self._fuses else nullcontext()
+
+            def run() -> None:
+                with around:
+                    self._evaluate(model, step)
+
+            step.replay = recorder(run)
         except Exception as error:  # whatever a capture fails with, the step itself may still run
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             what = f"a step of {step.ids.shape[1]} rows could not be captured and runs as it is: {reason}"
