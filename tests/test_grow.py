@@ -16,6 +16,7 @@ class Scripted:
 
     name = "scripted"
     bits = 2
+    silent = False
 
     def __init__(self, *proposals: tuple[int, int]) -> None:
         self.proposals = proposals

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from heapq import heappop, heappush
+from itertools import accumulate
 from typing import Any
 
 from .sources import Acceptance, Source
@@ -44,7 +45,8 @@ class GrowingTree:
         max_paths: int | None = None,
     ) -> None:
         self._start = start
-        self._sources = sources
+        shifts = accumulate((source.bits for source in sources), initial=0)
+        self._asked = [(source, shift) for source, shift in zip(sources, shifts, strict=False) if not source.silent]
         self._means, self._assume = acceptance.means, acceptance.assume
         self._max_depth = max_depth
         self._floor = floor
@@ -59,7 +61,7 @@ class GrowingTree:
         self.expected = [1.0]
         self.evidence: list[int] = []
         self.proposals: dict[int, dict[int, int]] = {}
-        self._ask(0, 0, acceptance.scale, [source.root(text) for source in sources])
+        self._ask(0, 0, acceptance.scale, [source.root(text) for source, _ in self._asked])
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -81,7 +83,7 @@ class GrowingTree:
             self.parents.append(parent)
             self.evidence.append(evidence)
             self.expected.append(self.expected[-1] - chance)
-            below = [source.follow(state, token) for source, state in zip(self._sources, states, strict=True)]
+            below = [source.follow(state, token) for (source, _), state in zip(self._asked, states, strict=True)]
             self._ask(node, depth + 1, -chance, below)
         return self.expected[-1]
 
@@ -97,11 +99,9 @@ class GrowingTree:
     def _ask(self, node: int, depth: int, chance: float, states: list[Any]) -> None:
         found: dict[int, int] = {}
         known = found.get
-        shift = 0
-        for source, state in zip(self._sources, states, strict=True):
+        for (source, shift), state in zip(self._asked, states, strict=True):
             for token, mark in source.propose(state):
                 found[token] = known(token, 0) + (mark << shift)
-            shift += source.bits
         self.proposals[node] = found
         self._nodes[node] = depth, chance, states
         if depth >= self._max_depth:

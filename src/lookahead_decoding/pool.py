@@ -19,6 +19,10 @@ class NgramPool:
         self._tails = tails
         self._found: dict[int, OrderedDict[tuple[int, ...], None]] = {}
 
+    def __len__(self) -> int:
+        """First tokens that have n-grams."""
+        return len(self._found)
+
     def add(self, ngram: Sequence[int]) -> None:
         """Remember an n-gram; one of fewer than two tokens says nothing and is passed over."""
         for start in range(len(ngram) - 1 if self._tails else 1):

@@ -51,10 +51,14 @@ class Source(Protocol):
     Attributes:
         name: under which its drafts are counted.
         bits: of a mark.
+        silent: it knows nothing yet, and need not be asked.
     """
 
     name: str
     bits: int
+
+    @property
+    def silent(self) -> bool: ...
 
     def root(self, text: Sequence[int]) -> Any:
         """The state at the root: the end of the text."""
@@ -73,6 +77,7 @@ class MatchMarks:
     """Marks of continuations by the length of their match, in classes, and their rank."""
 
     bits = 5
+    silent = False
     _continuations = 3
     # Matches of 20 tokens and more are of one class.
     _classes = (0, 0, 1, 2, 3, 3, 4, 4, 4, 4, *[5] * 10, 6)
@@ -165,6 +170,7 @@ class RecycledSource:
 
     name = "recycled"
     bits = 8
+    silent = False
     # Marks: 16 x the rank after two tokens, plus one of these by the rank after one token, across a gap, or anywhere.
     _after_two_marks = range(16, 16 * (RANKS + 1), 16)
     _after_one_marks = range(1, 7)
@@ -237,6 +243,7 @@ class DraftSource:
     """
 
     bits = 3
+    silent = False
 
     def __init__(self, name: str, best: float) -> None:
         self.name = name
@@ -265,6 +272,10 @@ class NgramSource(DraftSource):
         super().__init__(name, best=0.3)
         self._pool = pool
         self._at_root = at_root
+
+    @property
+    def silent(self) -> bool:  # type: ignore[override]
+        return not len(self._pool)
 
     def root(self, text: Sequence[int]) -> list[Sequence[int]]:
         return list(self._pool.candidates(text[-1]))

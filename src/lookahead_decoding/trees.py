@@ -159,7 +159,7 @@ class TreeSteps:
         self.cache.make_room(padded(nodes))
         ids, positions = self._inputs(trees, padded(nodes))
         rows = [self._rows(trees, padded(nodes), span) for span in self.cache.kinds.values()]
-        with attention_in_force(self.config, self.attention), torch.no_grad():
+        with torch.no_grad():
             logits, best = self.captured.graphs.run(self.model, ids, positions, rows, keep)
         return StepLogits(logits, tuple(keep), best)
 
@@ -282,7 +282,8 @@ def room_for(model: PreTrainedModel, capacity: int, batch: int, compile: str, ro
             return found
     free[:] = [room for room in free if room.kind[:2] != kind[:2]]
     slots, name = -(-capacity // ROUND) * ROUND, cache_name(model.forward)
-    cache = TreeCache(text_config(model), batch, slots, padded(rows), name=name)
+    config = text_config(model)
+    cache = TreeCache(config, batch, slots, padded(rows), name=name)
     kinds = list(cache.kinds)
     windows = [span.window for span in cache.kinds.values()]
 
@@ -292,7 +293,8 @@ def room_for(model: PreTrainedModel, capacity: int, batch: int, compile: str, ro
         step = torch.arange(ids.shape[1], device=ids.device)
         held = {cache.slots(window): row[:, 0, :, LENGTH].long() for window, row in zip(windows, rows, strict=True)}
         indices = [held[slots] + step for slots in cache.all_slots]
-        return evaluate(model, cache, ids, positions, dict(zip(kinds, rows, strict=True)), keep, indices)
+        with attention_in_force(config, OURS):
+            return evaluate(model, cache, ids, positions, dict(zip(kinds, rows, strict=True)), keep, indices)
 
     return Room(cache, StepGraphs(forward, device_of(model), compile == "full"), compile, kind[2])
 
