@@ -1,9 +1,10 @@
-"""One stage of what is measured on a GPU: env, kernel, tiny, step, profile, answers.
+"""One stage of what is measured on a GPU: env, kernel, tiny, step, profile, answers, ranks.
 
     python benchmarks/gpu.py STAGE --results FILE [--dry]
 
-Every figure is a line of JSON in the file as soon as it is known; `report` makes a page of the file. `--dry` runs the
-same code on a CPU, in tiny shapes, to see that it runs. `benchmarks/gpu.sh` runs all stages with a time limit each.
+Every figure is a line of JSON in the file as soon as it is known. `report` makes a page of the file, and `chapter` the
+GPU's chapter of docs/performance.md from all files in benchmarks/results/gpu. `--dry` runs the same code on a CPU, in
+tiny shapes, to see that it runs. `benchmarks/gpu.sh` runs all stages with a time limit each.
 """
 
 from __future__ import annotations
@@ -339,6 +340,8 @@ def profile(stage: Stage, args: argparse.Namespace) -> None:
             for _ in range(5):
                 target.forward([tree]).argmax()
             stage.wait()
+        launches = sum(e.count for e in seen.key_averages() if stage.dry or e.device_time_total) / 5
+        stage.tell(rows=nodes, layers=model.config.num_hidden_layers, launches_per_step=launches)
         for event in sorted(seen.key_averages(), key=lambda e: -e.device_time_total)[:14]:
             taken = round(event.device_time_total / 5, 1)
             stage.tell(rows=nodes, kernel=event.key[:90], calls_per_step=event.count / 5, us_per_step=taken)
@@ -403,6 +406,44 @@ def answers(stage: Stage, args: argparse.Namespace) -> None:
             )
 
 
+def ranks(stage: Stage, args: argparse.Namespace) -> None:
+    """Lookahead parallelism over two processes, a card each: started with torchrun, of which the first one tells."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = ld.pocket_path()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    length = 12 if stage.dry else 160
+    with ld.parallel() as group:
+        if stage.dry:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        else:
+            model = enlarged_pocket("7B", torch.bfloat16, str(group.device))
+        options: dict[str, Any] = {
+            "max_new_tokens": length,
+            "do_sample": False,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+        }
+        for number, text in enumerate([TEXTS[0], *TEXTS[: args.prompts]]):
+            ids = tokenizer(text, return_tensors="pt").input_ids.to(group.device)
+            for name, together in (("one", None), ("all", group)):
+                decoding = ld.LookaheadDecoding(parallel=together)
+                start = time.perf_counter()
+                out = ld.generate(model, ids, lookahead=decoding, **options)
+                seconds = time.perf_counter() - start
+                if group.first:
+                    stage.tell(
+                        warm_up=not number,
+                        prompt=number,
+                        processes=group.size if together else 1,
+                        method=f"lookahead on {name}",
+                        tokens_per_s=round(length / seconds, 1),
+                        tokens_per_step=round(decoding.stats.mean_acceptance_length, 2),
+                        rows=round(decoding.stats.rows_per_step, 1),
+                        text=hash(tuple(out[0].tolist())) % 10**6,
+                    )
+
+
 def report(stage: Stage, args: argparse.Namespace) -> None:
     """One page of a results file: what ran, what failed, the ratios."""
     lines = [json.loads(line) for line in args.results.read_text().splitlines()]
@@ -422,7 +463,112 @@ def report(stage: Stage, args: argparse.Namespace) -> None:
         print(f"{method}: {speed} tokens/s, {speed / by['autoregressive']:.2f} of autoregressive")
 
 
-STAGES = {f.__name__: f for f in (env, kernel, tiny, step, profile, answers, report)}
+@dataclass(frozen=True)
+class Wanted:
+    """A figure of the GPU's chapter.
+
+    Attributes:
+        name: in words.
+        bound: what it should be, in words.
+        find: the figure in the lines of a results file; None where it was not measured.
+    """
+
+    name: str
+    bound: str
+    find: Callable[[Sequence[dict[str, Any]]], float | None]
+
+
+def _of(lines: Sequence[dict[str, Any]], stage: str, value: str, **named: Any) -> float | None:
+    """A value of the last line of a stage that says so much."""
+    found = [line for line in lines if line["stage"] == stage and line.items() >= named.items() and line.get(value)]
+    return float(found[-1][value]) if found else None
+
+
+def _ratio(above: float | None, below: float | None) -> float | None:
+    return above / below if above and below else None
+
+
+def _over_weights(lines: Sequence[dict[str, Any]]) -> float | None:
+    """A plain captured step over the time that its weights take at the bandwidth that was read."""
+    weights, speed = _of(lines, "step", "weights_gb", shape="Llama-3-8B"), _of(lines, "env", "read_tb_per_s")
+    taken = _of(lines, "step", "captured_ms", shape="Llama-3-8B", context=1024, rows=1, mode="graphs")
+    return _ratio(taken, weights / speed if weights and speed else None)
+
+
+def _over_reading(lines: Sequence[dict[str, Any]]) -> float | None:
+    """The attention of a step of 64 rows at 8k over reading its keys and values once."""
+    speed = _of(lines, "env", "read_tb_per_s")
+    return _ratio(speed, _of(lines, "kernel", "tb_per_s", shape="Llama-3-8B", context=8192, rows=64))
+
+
+def _speed(lines: Sequence[dict[str, Any]], method: str) -> float | None:
+    found = [line["tokens_per_s"] for line in lines if line["stage"] == "answers" and line.get("warm_up") is False
+             and line.get("method") == method]  # fmt: skip
+    return median(found) if found else None
+
+
+def _identical(lines: Sequence[dict[str, Any]]) -> float | None:
+    """Share of tiny models and ways to run a step whose tokens in float32 are those of `generate`."""
+    found = [all(line["identical"]) for line in lines if line["stage"] == "tiny" and "identical" in line]
+    return sum(found) / len(found) if found else None
+
+
+def _parallel(lines: Sequence[dict[str, Any]]) -> float | None:
+    """Two processes over one."""
+    timed = [line for line in lines if line["stage"] == "ranks" and line.get("warm_up") is False]
+    of = {n: [line["tokens_per_s"] for line in timed if (line["processes"] > 1) == n] for n in (False, True)}
+    return median(of[True]) / median(of[False]) if of[True] and of[False] else None
+
+
+CHAPTER = (
+    Wanted("a step of 64 rows over one of one row, 8 B, 1k context, bfloat16", "at most 1.10",
+           lambda lines: _of(lines, "step", "over_one_row", shape="Llama-3-8B", context=1024, rows=64, mode="graphs")),
+    Wanted("a plain captured step over the time of reading the weights, 8 B", "at most 1.25", _over_weights),
+    Wanted("attention of 64 rows at 8k over reading the keys and values once", "at most 1.3", _over_reading),
+    Wanted("lookahead over transformers' eager greedy, code, 7 B", "at least 4",
+           lambda lines: _ratio(_speed(lines, "lookahead"), _speed(lines, "hf-greedy"))),
+    Wanted("lookahead over its static cache with compile", "at least 2.2",
+           lambda lines: _ratio(_speed(lines, "lookahead"), _speed(lines, "hf-static"))),
+    Wanted("lookahead over its prompt lookup", "",
+           lambda lines: _ratio(_speed(lines, "lookahead"), _speed(lines, "hf-prompt-lookup"))),
+    Wanted("the paper's 15,5,15 over our plain decoding", "",
+           lambda lines: _ratio(_speed(lines, "paper 15,5,15"), _speed(lines, "autoregressive"))),
+    Wanted("lookahead over our plain decoding", "",
+           lambda lines: _ratio(_speed(lines, "lookahead"), _speed(lines, "autoregressive"))),
+    Wanted("lookahead on two cards over one", "", _parallel),
+    Wanted("share of tiny models whose tokens in float32 are those of `generate`", "1", _identical),
+)  # fmt: skip
+GPU_RESULTS = Path(__file__).parent / "results" / "gpu"
+PERFORMANCE = Path(__file__).parents[1] / "docs" / "performance.md"
+BEGIN, END = "<!-- made by benchmarks/gpu.py chapter -->\n", "<!-- end -->\n"
+
+
+def chapter_of(files: Sequence[Path]) -> str:
+    """The GPU's chapter: a row per figure, a column per results file, which is named by its card."""
+    measured = {file: [json.loads(line) for line in file.read_text().splitlines()] for file in files}
+    cards = {file: str(_card(lines)) for file, lines in measured.items()}
+    heads = [f"[{card}](../benchmarks/results/gpu/{file.name})" for file, card in cards.items()] or ["any card"]
+    lines = ["| | should be | " + " | ".join(heads) + " |", "|---" * (2 + len(heads)) + "|"]
+    for wanted in CHAPTER:
+        found = [wanted.find(of) for of in measured.values()] or [None]
+        cells = ["not measured" if value is None else f"{value:.2f}" for value in found]
+        lines.append(f"| {wanted.name} | {wanted.bound} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _card(lines: Sequence[dict[str, Any]]) -> Any:
+    return next((line["card"] for line in lines if "card" in line), "unknown")
+
+
+def chapter(stage: Stage, args: argparse.Namespace) -> None:
+    """Write the GPU's chapter of docs/performance.md."""
+    before, _, rest = PERFORMANCE.read_text().partition(BEGIN)
+    PERFORMANCE.write_text(
+        before + BEGIN + chapter_of(sorted(GPU_RESULTS.glob("*.jsonl"))) + END + rest.partition(END)[2]
+    )
+
+
+STAGES = {f.__name__: f for f in (env, kernel, tiny, step, profile, answers, ranks, report, chapter)}
 
 
 def _numbers(text: str) -> list[int]:
@@ -432,7 +578,7 @@ def _numbers(text: str) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("stage", choices=STAGES)
-    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--results", type=Path, default=Path("results.jsonl"))
     parser.add_argument("--shape", default="Llama-3-8B", choices=SHAPES)
     parser.add_argument("--mode", default="graphs", choices=("graphs", "full"))
     parser.add_argument("--contexts", type=_numbers, default=[1024])

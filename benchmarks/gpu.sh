@@ -17,12 +17,21 @@ if ls .whl/*.whl > /dev/null 2>&1; then
 fi
 python=${PYTHON:-python3}
 stage() {  # name, limit in seconds, arguments
+    local name=$1 limit=$2
+    shift 2
+    run "$name" "$limit" "$python" benchmarks/gpu.py "$@" --results "$out/results.jsonl"
+}
+run() {  # name, limit in seconds, command
     local name=$1 limit=$2 start=$SECONDS
     shift 2
-    timeout -k 5 "$limit" "$python" benchmarks/gpu.py "$@" --results "$out/results.jsonl" > "$scratch/$name.log" 2>&1
+    timeout -k 5 "$limit" "$@" > "$scratch/$name.log" 2>&1
     local rc=$?
     { echo "=== $name: exit $rc after $((SECONDS - start)) s"; cat "$scratch/$name.log"; } >> "$out/log.txt"
     echo "=== $name: exit $rc after $((SECONDS - start)) s"
+}
+ranks() {
+    run ranks 120 "$python" -m torch.distributed.run --nproc-per-node 2 benchmarks/gpu.py ranks "$@" \
+        --results "$out/results.jsonl"
 }
 case $plan in
 A)
@@ -31,6 +40,7 @@ A)
     stage tiny 90 tiny
     stage step 110 step --contexts 1024,8192 --rows 1,16,64,128
     stage profile 45 profile --rows 1,64
+    if "$python" -c 'import pytest' 2> /dev/null; then run tests 120 "$python" -m pytest -x -m gpu tests/test_gpu.py; fi
     ;;
 B)
     stage answers 170 answers
@@ -38,10 +48,12 @@ B)
     stage long 60 step --contexts 32768 --rows 1,64
     stage smol 40 step --shape SmolLM2-135M --rows 1,16,64
     stage full 150 step --mode full --rows 1,64
+    if [ "$("$python" -c 'import torch; print(torch.cuda.device_count())')" -gt 1 ]; then ranks; fi
     ;;
 dry)
     export TRITON_INTERPRET=1
     for name in env kernel tiny step profile answers; do stage "$name" 200 "$name" --dry; done
+    ranks --dry
     ;;
 --stage) stage "$1" 540 "$@" ;;
 *)

@@ -45,7 +45,7 @@ class Clock:
 
 
 def phases(rows: int, tokens: int) -> dict[str, float]:
-    """Microseconds of a step by its parts, replay left out: the least of several answers, since others use the machine."""
+    """Microseconds of a step by its parts, without the replay: the least of several answers."""
     torch.set_num_threads(1)  # or threads of the replay spin beside the host
     clock = Clock()
     graphs.recorder_for = lambda device: clock

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import doctest
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks import gpu
 
 import lookahead_decoding as ld
 import many
@@ -44,6 +46,27 @@ def test_the_readmes_example_of_ranks_runs() -> None:
     greedy = of_ranks.replace("max_new_tokens=64", "max_new_tokens=64, do_sample=False")
     for ids, plain in many.run(2, readme_on_ranks, [blocks[0], greedy]):
         assert ids == plain
+
+
+def test_the_gpus_chapter_is_what_the_command_makes(tmp_path: Path) -> None:
+    made = (ROOT / "docs" / "performance.md").read_text().partition(gpu.BEGIN)[2].partition(gpu.END)[0]
+    assert made == gpu.chapter_of(sorted(gpu.GPU_RESULTS.glob("*.jsonl")))
+    lines: list[dict[str, Any]] = [
+        {"stage": "env", "card": "A card"},
+        {"stage": "env", "read_tb_per_s": 2.0},
+        {"stage": "step", "shape": "Llama-3-8B", "weights_gb": 16.0},
+        {"stage": "step", "shape": "Llama-3-8B", "context": 1024, "rows": 1, "mode": "graphs", "captured_ms": 10.0},
+        {"stage": "tiny", "identical": [True, True]},
+        {"stage": "tiny", "identical": [True, False]},
+        {"stage": "answers", "warm_up": False, "method": "lookahead", "tokens_per_s": 90.0},
+        {"stage": "answers", "warm_up": False, "method": "hf-greedy", "tokens_per_s": 30.0},
+        {"stage": "answers", "warm_up": True, "method": "hf-greedy", "tokens_per_s": 1.0},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    table = gpu.chapter_of([tmp_path / "a.jsonl"])
+    assert "| [A card](../benchmarks/results/gpu/a.jsonl) |" in table
+    cells = [line.split("|")[3].strip() for line in table.splitlines()[2:]]
+    assert cells == ["not measured", "1.25", "not measured", "3.00", *["not measured"] * 5, "0.50"]
 
 
 @pytest.mark.parametrize("path", [*sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("*.md")), "docs"])

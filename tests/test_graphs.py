@@ -7,6 +7,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 from benchmarks.drafts import Accepted, right_and_wrong
@@ -15,9 +16,12 @@ from torch.utils._pytree import tree_leaves
 
 import lookahead_decoding as ld
 from conftest import ARCHITECTURES
+from lookahead_decoding.attention import encode_rows
 from lookahead_decoding.config import LookaheadWarning
 from lookahead_decoding.graphs import SIZES, Compiled, padded
 from lookahead_decoding.memory import memory_of
+from lookahead_decoding.tree import TokenTree
+from lookahead_decoding.trees import room_for
 from test_exactness import CONFIGS, GREEDY, SAMPLED, WINDOW_ALONE, batch_of, prompt_of
 
 Tiny = Callable[..., torch.nn.Module]
@@ -177,6 +181,19 @@ def test_steps_of_fixed_shape(tiny: Tiny) -> None:
     decoding = ld.LookaheadDecoding(small, propose=lambda text: [plain[len(text) : len(text) + 2]], compile="graphs")
     for _ in range(2):  # the second time with the cache of the first
         assert ld.generate(model, ids, lookahead=decoding, **options)[0].tolist() == plain
+
+
+@needs_compiler
+def test_a_captured_step_compiles_without_a_break(tiny: Tiny) -> None:
+    pytest.importorskip("triton")
+    model = copy.deepcopy(tiny())
+    room = room_for(model, 64, 1, "full", 16)
+    torch._dynamo.utils.counters.clear()
+    ids, rows = np.zeros((1, 16), dtype=np.int64), encode_rows([TokenTree((1, 2), (-1, 0))], [0], 16)
+    with torch.no_grad():
+        room.graphs.run(model, ids, ids, [rows], [0, 1])
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert graphs() == 1
 
 
 class Tape:

@@ -58,7 +58,7 @@ class Slots:
         window: positions that are kept at least.
         causal: this forward has no mask of ours, so a layer with a window gives out no more than that.
         rows: the sequences of this forward; None is all of them.
-        index: in a compiled step, the slot of every row, (batch, rows); otherwise None.
+        index: in a compiled step, the sequences, (batch, 1), and the slot of every row, (batch, rows); otherwise None.
         stacks: buffers of layers of one shape, (layers, batch, key heads, capacity, size).
     """
 
@@ -69,7 +69,7 @@ class Slots:
         self.window = window
         self.causal = False
         self.rows: slice | None = None
-        self.index: torch.Tensor | None = None
+        self.index: tuple[torch.Tensor, torch.Tensor] | None = None
         self.stacks: list[torch.Tensor] = []
         self._layers = 0
         self._passed = 0  # slots that the rows of this forward leave behind at once
@@ -149,8 +149,8 @@ class Slots:
     def write(self, buffer: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """Write the step's rows, (batch, key heads, rows, size), into a buffer, and return its slots in use."""
         if self.index is not None:
-            sequence = torch.arange(len(states), device=states.device)[:, None]
-            buffer[sequence, :, self.index] = states.transpose(1, 2)
+            sequence, slots = self.index
+            buffer[sequence, :, slots] = states.transpose(1, 2)
             return buffer
         if self.rows is not None:
             buffer = buffer[self.rows]

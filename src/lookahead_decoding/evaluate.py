@@ -151,8 +151,10 @@ def evaluate(
         indices: for each of the cache's slots, those of the rows, (batch, nodes); by default they stand behind each
             sequence's committed tokens.
     """
-    for slots, index in zip(cache.all_slots, indices or (), strict=bool(indices)):
-        slots.index = index
+    if indices is not None:
+        sequences = torch.arange(len(ids), device=ids.device)[:, None]
+        for slots, index in zip(cache.all_slots, indices, strict=True):
+            slots.index = sequences, index
     for slots in cache.all_slots:
         slots.causal = not masks
     options: dict[str, Any] = {str(cache.name): cache}

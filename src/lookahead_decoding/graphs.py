@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -199,9 +199,17 @@ class StepGraphs:
         device: of the model. Only a CUDA device captures; elsewhere a step of fixed shape just runs.
         compile: compile `forward` with torch.compile first. A compiler that fails costs one warning, and the step is
             captured as it is.
+        around: what `forward` runs inside of; nothing of it is replayed.
     """
 
-    def __init__(self, forward: Forward, device: torch.device, compile: bool) -> None:
+    def __init__(
+        self,
+        forward: Forward,
+        device: torch.device,
+        compile: bool,
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self._around = around
         self._forward = Compiled(forward, dynamic=False) if compile else forward
         self._fuses = not compile  # a compiler does by itself
         self._device = device
@@ -262,7 +270,8 @@ class StepGraphs:
 
     def _evaluate(self, model: Any, step: _Step) -> None:
         step.device.copy_(step.host, non_blocking=True)
-        step.logits = self._forward(model, step.ids.long(), step.positions.long(), step.rows, step.keep.long())
+        with self._around():
+            step.logits = self._forward(model, step.ids.long(), step.positions.long(), step.rows, step.keep.long())
         best = step.logits.argmax(-1, keepdim=True)
         if best.shape[1] > 1:  # a step of one row is most often plain, and then nothing is learned from it
             best = torch.cat([best, top_tokens(step.logits, RANKS)], -1)

@@ -268,8 +268,10 @@ def launch(
         (batch, nodes, heads, size), in the dtype of the queries.
 
     Raises:
-        ValueError: the card has no room for heads of this size.
+        ValueError: the card has no room for heads of this size, or the dtype is none of its own.
     """
+    if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"the attention kernel takes float32, bfloat16 and float16, got {query.dtype}")
     batch, heads, nodes, size = query.shape
     key_heads, capacity, v_size = key.shape[1], key.shape[2], value.shape[3]
     groups = heads // key_heads

@@ -293,10 +293,10 @@ def room_for(model: PreTrainedModel, capacity: int, batch: int, compile: str, ro
         step = torch.arange(ids.shape[1], device=ids.device)
         held = {cache.slots(window): row[:, 0, :, LENGTH].long() for window, row in zip(windows, rows, strict=True)}
         indices = [held[slots] + step for slots in cache.all_slots]
-        with attention_in_force(config, OURS):
-            return evaluate(model, cache, ids, positions, dict(zip(kinds, rows, strict=True)), keep, indices)
+        return evaluate(model, cache, ids, positions, dict(zip(kinds, rows, strict=True)), keep, indices)
 
-    return Room(cache, StepGraphs(forward, device_of(model), compile == "full"), compile, kind[2])
+    around = functools.partial(attention_in_force, config, OURS)
+    return Room(cache, StepGraphs(forward, device_of(model), compile == "full", around), compile, kind[2])
 
 
 def _compiled(model: PreTrainedModel) -> Compiled:
