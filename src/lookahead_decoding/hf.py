@@ -232,7 +232,7 @@ class LookaheadDecoding:
         propose: a further source of candidates: the text so far (token ids, prompt included) to draft tokens.
         shared: a namespace of a `SharedPool`: candidates come from what its earlier requests have left, and what this
             one answers joins it once it is finished.
-        compile: how a step runs, "auto", "off", "packed", "graphs" or "full" (see `Target`).
+        compile: how a step runs, "auto", "off", "packed", "native", "graphs" or "full" (see `Target`).
         parallel: the ranks that share every step, as `ld.parallel()` gives them.
 
     Attributes:

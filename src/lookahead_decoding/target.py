@@ -17,13 +17,15 @@ from .cache import ROOM
 from .config import COMPILE, LookaheadConfig, LookaheadWarning
 from .evaluate import device_of, text_config, unwrapped
 from .memory import memory_of
+from .native.program import NoProgramError
+from .native.steps import Native, NativeSteps, native_of
 from .probe import Steps, Strategy, probe
 from .rope import switch_of
 from .rows import Lockstep, RowSteps
 from .sampler import StepLogits
 from .stats import Stats
 from .tree import TokenTree
-from .trees import TreeSteps, best_way, not_ready
+from .trees import TreeSteps, best_way, not_ready, not_unasked
 
 SINGLE = TokenTree((0,), (-1,))
 """The tree of a sequence's last prompt token, which prefill evaluates."""
@@ -39,12 +41,13 @@ class Target:
         capacity: slots per sequence: the longest length one can reach, plus the rows of the largest tree.
         batch: sequences.
         compile: how a step runs. "off": as the model is. "packed": as the model is, with a second copy of the weights
-            of its linear layers that is laid out for few rows, in float32 and bfloat16 on a CPU. "graphs":
+            of its linear layers that is laid out for few rows, in float32 and bfloat16 on a CPU. "native": as one call
+            of native code, with such a copy of all weights, on a CPU. "graphs":
             padded to fixed shapes and, on a GPU, captured once per size. "full": compiled with torch.compile, and
             captured too on a GPU; a CPU takes minutes for it, and in bfloat16 holds a second copy of the weights as
-            well. "auto": "graphs" on a GPU, or "off" with a warning if that cannot be; elsewhere "packed" where that
-            can be and the copy takes at most 2 GiB, or "off". A copy is kept for the model's life, and made anew when
-            the weights have changed; of changes made through `.data`, a sample is looked at.
+            well. "auto": "graphs" on a GPU, or "off" with a warning if that cannot be; elsewhere "native" where the
+            model has a program and the copy takes at most 2 GiB, or "packed", or "off". A copy is kept for the model's
+            life, and made anew when the weights have changed; of changes made through `.data`, a sample is looked at.
         max_rows: of a tree, for which layers with a window keep room.
 
     Attributes:
@@ -71,8 +74,12 @@ class Target:
             kind = model.config.model_type
             warnings.warn(f"{kind}: {strategy.drawback}; `lookahead doctor` says why", LookaheadWarning, stacklevel=2)
         together = strategy.name == "tree" and (strategy.horizon is None or batch == 1)
-        if not together and compile in ("graphs", "full"):
+        if not together and compile in ("native", "graphs", "full"):
             raise ValueError(f"compile={compile!r} cannot be: {strategy.drawback}. Leave it out")
+        native = self._native(compile) if together and strategy.horizon is None else None
+        if native is not None:
+            self.steps = NativeSteps(native, model, capacity, batch, strategy.attention, max_rows)
+            return
         wanted = best_way(model) if compile == "auto" else compile
         reason = not_ready(model, strategy.attention, wanted) if together or wanted == "packed" else ""
         if strategy.horizon is not None and wanted in ("graphs", "full"):  # such a step has no path by the model's mask
@@ -89,6 +96,22 @@ class Target:
             self.steps = RowSteps(model, capacity, strategy.paths or 1, max_rows, copies=strategy.copies, compile=how)
         else:
             self.steps = Lockstep(model, capacity, batch)
+
+    def _native(self, compile: str) -> Native | None:
+        """The model's program, where steps are to run as one; None where they are not.
+
+        Raises:
+            ValueError: that was asked for, and it has none.
+        """
+        unasked = compile == "auto" and not_unasked(self.model)
+        if compile not in ("auto", "native") or unasked:
+            return None
+        try:
+            return native_of(self.model)
+        except NoProgramError as error:
+            if compile == "native":
+                raise ValueError(f"compile='native' cannot be: {error}. Leave it out") from error
+            return None
 
     @classmethod
     def with_attention(

@@ -330,6 +330,11 @@ def best_way(model: PreTrainedModel) -> str:
     return "off" if why_not(model) or copied_bytes(model) > PACKED_UNASKED else "packed"
 
 
+def not_unasked(model: PreTrainedModel) -> bool:
+    """Whether a copy of the weights is too large to be made where nobody asks for it."""
+    return int(sum(p.nbytes for p in model.parameters())) > PACKED_UNASKED
+
+
 def not_ready(model: PreTrainedModel, attention: str, compile: str) -> str:
     """Why a step cannot be compiled or captured; empty if it can, or need not."""
     if compile == "off":

@@ -43,7 +43,13 @@ SECONDS = 180
 LARGEST = 8 << 30
 """Bytes of a model that is loaded a second time, in another dtype, to compare."""
 
-RUNS = {"off": "as the model is", "packed": "packed weights", "graphs": "captured", "full": "compiled"}
+RUNS = {
+    "off": "as the model is",
+    "packed": "packed weights",
+    "native": "native code",
+    "graphs": "captured",
+    "full": "compiled",
+}
 """How steps run, in words, by what `--compile` takes."""
 
 

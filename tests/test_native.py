@@ -1,0 +1,178 @@
+"""Steps as one call of native code: the model's numbers, and the same bits whatever is beside a row."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import lookahead_decoding as ld
+from lookahead_decoding.native import steps as native_steps
+from lookahead_decoding.native.library import why_no_library
+from lookahead_decoding.native.program import NoProgramError
+from lookahead_decoding.native.steps import NativeSteps, native_of
+from lookahead_decoding.tree import TokenTree, build_tree
+from test_exactness import GREEDY, SAMPLED, batch_of, prompt_of
+
+pytestmark = pytest.mark.skipif(bool(why_no_library()), reason=why_no_library())
+Tiny = Callable[..., torch.nn.Module]
+WIDE = {"hidden_size": 64, "intermediate_size": 96}  # heads of 16
+FAMILIES = {"llama": {}, "qwen2": {}, "qwen3": {"head_dim": 32}, "mistral": {"sliding_window": None}}
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def started(model: torch.nn.Module, prompt: list[int], capacity: int = 200, batch: int = 1) -> NativeSteps:
+    steps = NativeSteps(native_of(model), model, capacity, batch, "sdpa", 64)
+    steps.prefill([prompt] * batch)
+    steps.commit([[0]] * batch)
+    return steps
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_program_computes_what_the_model_computes(name: str, dtype: torch.dtype, tiny: Tiny) -> None:
+    model = tiny(name, dtype, **WIDE, **FAMILIES[name])
+    ids = prompt_of(40)
+    steps = NativeSteps(native_of(model), model, 80, 1, "sdpa", 8)
+    ours = steps._run(list(steps._rows_in(ids[0].tolist(), 0)), range(40))[0]
+    with torch.no_grad():
+        wanted = model(ids).logits[0].float()
+        exact = copy.deepcopy(model).float()(ids).logits[0]
+    bound = 1e-5 if dtype == torch.float32 else 0.05
+    assert (ours - wanted).norm() <= bound * wanted.norm()
+    if dtype == torch.bfloat16:  # nearer to the numbers of the same weights in float32
+        assert (ours - exact).norm() <= (wanted - exact).norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("config", [ld.LookaheadConfig(step_times=((1, 1.0),), max_rows=n) for n in (4, 16, 64)])
+def test_answers_are_those_of_plain_decoding(config: ld.LookaheadConfig, dtype: torch.dtype, tiny: Tiny) -> None:
+    model, ids = tiny("llama", dtype, **WIDE), prompt_of(9)
+    for mode in (GREEDY, SAMPLED):
+        options = {"max_new_tokens": 60, "eos_token_id": None, **mode}
+        torch.manual_seed(1)
+        plain = ld.generate(model, ids, lookahead=ld.LookaheadDecoding(ld.PLAIN, compile="native"), **options)
+        decoding = ld.LookaheadDecoding(config, compile="native")
+        torch.manual_seed(1)
+        assert ld.generate(model, ids, lookahead=decoding, **options).tolist() == plain.tolist()
+        assert decoding.stats.rows_per_step > 2
+        if dtype == torch.float32:
+            torch.manual_seed(1)
+            assert model.generate(ids, **options).tolist() == plain.tolist()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_rows_bits_do_not_depend_on_its_neighbours_nor_on_where_its_keys_lie(dtype: torch.dtype, tiny: Tiny) -> None:
+    model, prompt = tiny("qwen2", dtype, **WIDE), prompt_of(37)[0].tolist()
+    path = [11, 7, 5, 3, 2]
+    alone = started(model, prompt)
+    wanted = []
+    for token in path:
+        wanted.append(alone.forward([TokenTree((token,), (-1,))]).logits[0, 0].clone())
+        alone.commit([[0]])
+    for others in ([], [[1, 2, 3, 4], [9, 8, 7]], [[n, n + 1, n + 2] for n in range(13, 40, 3)]):
+        steps = started(model, prompt)
+        tree = build_tree(path[0], candidates=[*others, path[1:3]])
+        found = steps.forward([tree])
+        nodes = [0, tree.child(0, path[1])]
+        nodes.append(tree.child(nodes[1], path[2]))
+        row = found.rows(0)
+        for node, logits in zip(nodes, wanted, strict=False):
+            assert torch.equal(found.logits[0, row[node]], logits)
+        steps.commit([nodes])
+        tree = build_tree(path[3], candidates=[[1], [8, 3], path[4:]])
+        found = steps.forward([tree])
+        assert torch.equal(found.logits[0, 0], wanted[3])
+        assert torch.equal(found.logits[0, found.rows(0)[tree.child(0, path[4])]], wanted[4])
+
+
+def test_a_prompts_bits_do_not_depend_on_how_it_was_cut(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompt = tiny("llama", torch.bfloat16, **WIDE), prompt_of(61)[0].tolist()
+    tree = build_tree(5, candidates=[[3, 4]])
+    wanted = started(model, prompt).forward([tree]).logits.clone()
+    for chunk in (1, 7, 13):
+        monkeypatch.setattr(native_steps, "CHUNK", chunk)
+        memory = copy.copy(native_of(model))
+        monkeypatch.setattr("lookahead_decoding.native.steps.native_of", lambda model, memory=memory: memory)
+        assert torch.equal(started(model, prompt).forward([tree]).logits, wanted)
+
+
+def test_threads_do_not_change_a_bit(tiny: Tiny, request: pytest.FixtureRequest) -> None:
+    before = torch.get_num_threads()
+    request.addfinalizer(lambda: torch.set_num_threads(before))
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        model = copy.deepcopy(tiny("llama", torch.bfloat16, **WIDE))
+        found.append(started(model, prompt_of(30)[0].tolist()).forward([build_tree(5, candidates=[[3, 4]])]).logits)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_a_batch_is_each_of_its_sequences_alone(tiny: Tiny) -> None:
+    model = tiny("llama", torch.bfloat16, **WIDE)
+    ids, mask = batch_of((9, 1, 5))
+    options = {"max_new_tokens": 40, "eos_token_id": None, **GREEDY}
+    decoding = ld.LookaheadDecoding(ld.LookaheadConfig(step_times=((1, 1.0),), max_rows=9), compile="native")
+    together = ld.generate(model, ids, attention_mask=mask, lookahead=decoding, **options)
+    for row, (line, seen) in enumerate(zip(ids, mask, strict=True)):
+        alone = line[seen.bool()][None]
+        plain = ld.LookaheadDecoding(ld.PLAIN, compile="native")
+        out = ld.generate(model, alone, lookahead=plain, **options)
+        assert together[row, -40:].tolist() == out[0, -40:].tolist()
+
+
+def test_the_best_tokens_come_back_in_order_and_the_first_of_equal_ones(tiny: Tiny) -> None:
+    model = copy.deepcopy(tiny("llama", torch.float32, **WIDE))
+    with torch.no_grad():
+        model.lm_head.weight[20] = model.lm_head.weight[40]
+    step = started(model, [3, 5, 7]).forward([build_tree(5, candidates=[[3, 4]])])
+    best, top = step.argmax()[0], step.top(6)[0]
+    for row, logits in enumerate(step.logits[0]):
+        order = torch.sort(logits, descending=True, stable=True).indices[:6].tolist()
+        assert (best[row], top[row]) == (order[0], order)
+
+
+def test_changed_weights_make_another_program(tiny: Tiny) -> None:
+    model = copy.deepcopy(tiny("llama", torch.float32, **WIDE))
+    first = native_of(model)
+    assert native_of(model) is first
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight *= 2
+    second = native_of(model)
+    assert second is not first
+    options = {"max_new_tokens": 20, "eos_token_id": None, **GREEDY}
+    assert ld.generate(model, prompt_of(5), **options).tolist() == model.generate(prompt_of(5), **options).tolist()
+
+
+def test_what_has_no_program_says_why_and_runs_as_before(tiny: Tiny) -> None:
+    windowed = tiny("mistral", **WIDE)
+    with pytest.raises(NoProgramError, match="layers with a window"):
+        native_of(windowed)
+    with pytest.raises(ValueError, match=r"compile='native' cannot be: .*Leave it out"):
+        ld.Target(tiny("gpt2"), 20, compile="native")
+    assert ld.Target(windowed, 20).how != "native"
+    assert ld.Target(tiny("llama", **WIDE), 20).how == "native"
+    hooked = copy.deepcopy(tiny("llama", **WIDE))
+    hooked.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: 2 * output)
+    assert ld.Target(hooked, 20).how != "native"
+
+
+def test_a_program_that_computes_something_else_is_not_used(tiny: Tiny) -> None:
+    model = copy.deepcopy(tiny("llama", **WIDE))
+    model.model.layers[0].self_attn.scaling *= 1.5  # in one layer alone, which no recipe expects
+    with pytest.raises(NoProgramError, match="its logits differ from the program's by"):
+        native_of(model)
+
+
+def test_pocket_answers_as_generate_does() -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(ld.pocket_path(), dtype=torch.float32)
+    ids = AutoTokenizer.from_pretrained(ld.pocket_path())("def fibonacci(n):\n", return_tensors="pt").input_ids
+    options = {"max_new_tokens": 100, **GREEDY}
+    decoding = ld.LookaheadDecoding(compile="native")
+    assert ld.generate(model, ids, lookahead=decoding, **options).tolist() == model.generate(ids, **options).tolist()
