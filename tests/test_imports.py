@@ -29,6 +29,7 @@ LAYERS = [
         "kernels",
         "native.library",
         "native.program",
+        "native.recipes",
         "small_kernels",
         "graphs",
         "packed",

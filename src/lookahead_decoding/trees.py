@@ -114,8 +114,7 @@ class TreeSteps:
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> StepLogits:
         """As `Target.prefill`."""
-        even = self.cache.level and len(set(map(len, prompts))) == 1
-        size = PREFILL_CHUNK if even else min(PREFILL_CHUNK, self.cache.chunk)
+        size = self._chunk(prompts)
         chunks = -(-max(map(len, prompts)) // size)
         for left in reversed(range(chunks)):
             ends = [max(0, len(p) - left * size) for p in prompts]
@@ -128,6 +127,11 @@ class TreeSteps:
         if self._compiled:  # the next request has other buffers
             vary(*(b for layer in self.cache.layers for b in (layer.keys, layer.values)), dimensions=(0, 2))
         return StepLogits(logits, (0,))
+
+    def _chunk(self, prompts: Sequence[Sequence[int]]) -> int:
+        """Tokens of each prompt that go in one forward."""
+        even = self.cache.level and len(set(map(len, prompts))) == 1
+        return PREFILL_CHUNK if even else min(PREFILL_CHUNK, self.cache.chunk)
 
     def _prefill(self, parts: Sequence[Sequence[int]], keep: list[int]) -> torch.Tensor:
         """Logits of the rows in `keep`, by the model's own attention where all sequences are equally far."""

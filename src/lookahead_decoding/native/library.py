@@ -7,13 +7,17 @@ import functools
 from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
+import numpy as np
 import torch  # first: the library uses the threads that torch has loaded, and none of its own
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """The dtypes of weights that there is code for, as `step.c` numbers them."""
 
-EMBED, NORM, PROJECT, GATE, ROTATE, ATTEND, BEST = range(7)
+EMBED, NORM, PROJECT, GATE, ACTIVATE, ROTATE, ATTEND, ADD_NORMED, NORM_HEADS, BEST = range(10)
 """Kinds of operations."""
+
+ROOT_MEAN_SQUARE, LAYER_NORM, NO_NORM = range(3)
+"""Kinds of norms."""
 
 NORMED, ATTENDED, INNER = range(3)
 """Where an operation reads."""
@@ -21,7 +25,10 @@ NORMED, ATTENDED, INNER = range(3)
 TO_HEADS, TO_RESIDUAL, TO_LOGITS = range(3)
 """Where a projection writes."""
 
-ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
+LARGE_PAGE = 1 << 21
+"""Bytes."""
+
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu", "relu_squared")
 
 
 class Op(ctypes.Structure):
@@ -30,19 +37,23 @@ class Op(ctypes.Structure):
     Attributes:
         kind: one of the kinds above.
         origin, to: what a projection reads and writes.
-        outputs, inputs: of a projection.
-        layer: of the cache.
-        option: of a norm, 1 takes the mean away first; of a gate, the activation; of attention, the window, or 0.
+        outputs, inputs: of a projection; of a norm of heads, how many numbers they have.
+        layer: of the cache; of a norm of heads, where in a row they begin.
+        option: of a norm, one of the kinds below; of a feed-forward network, the activation; of a rotation, 1 turns
+            pairs that lie side by side and not halves; of attention, its window, or minus the size of its chunks, or 0.
         kept: only rows that need logits.
+        span: of the layer's slots.
+        table: of a rotation's angles.
+        rotated: numbers of a head that are rotated, from the first on.
         eps: of norms.
         factor: of what an embedding or a projection gives; of attention, the cap of its scores, or 0.
         weight: panels, a table, or the weight of a norm; of a rotation, that of the queries' norm, or nothing.
-        second: of a rotation, that of the keys' norm.
+        second: of a rotation, that of the keys' norm; of an embedding, the table of positions.
         bias: of a projection, or nothing.
     """
 
     _fields_ = [
-        *((name, c_int32) for name in "kind origin to outputs inputs layer option kept".split()),
+        *((name, c_int32) for name in "kind origin to outputs inputs layer option kept span table rotated".split()),
         ("eps", c_float),
         ("factor", c_float),
         ("weight", c_void_p),
@@ -55,7 +66,7 @@ class Program(ctypes.Structure):
     """A model: sizes, and the operations of a step."""
 
     _fields_ = [
-        *((name, c_int32) for name in "dtype hidden heads key_heads size inner vocabulary rotated count".split()),
+        *((name, c_int32) for name in "dtype hidden heads key_heads size inner vocabulary count".split()),
         ("scale", c_float),
         ("cap", c_float),
         ("ops", POINTER(Op)),
@@ -66,16 +77,30 @@ class Step(ctypes.Structure):
     """What a step is given, and where it works; `step.c` says what each is."""
 
     _fields_ = [
-        *((name, c_int32) for name in "rows kept threads best".split()),
-        *((name, c_void_p) for name in "ids position slot prefix start path sequence keep keys values".split()),
-        ("by_sequence", c_int64),
-        ("by_head", c_int64),
-        *((name, c_void_p) for name in "cosines sines residual heads logits scores normed attended inner".split()),
+        *((name, c_int32) for name in "rows kept threads best sequences".split()),
+        *((name, c_void_p) for name in "ids angle prefix start path sequence keep keys values".split()),
+        *((name, c_void_p) for name in "origin by_sequence by_head cosines sines".split()),
+        *((name, c_void_p) for name in "residual heads logits scores normed attended inner".split()),
         ("scores_of_a_thread", c_int64),
         ("normed_of_a_thread", c_int64),
         ("found", c_void_p),
         ("next", c_void_p),
     ]
+
+
+def pointer(array: np.ndarray | torch.Tensor) -> int:
+    """Where an array lies."""
+    return array.ctypes.data if isinstance(array, np.ndarray) else array.data_ptr()
+
+
+def huge(size: int) -> torch.Tensor:
+    """At least so many bytes, in large pages where the system has them."""
+    block = torch.empty(size + 2 * LARGE_PAGE, dtype=torch.uint8)
+    block = block[-block.data_ptr() % LARGE_PAGE :]
+    code = library()
+    if code is not None:
+        code.lookahead_large_pages(block.data_ptr(), size + -size % LARGE_PAGE)
+    return block
 
 
 @functools.cache
@@ -87,6 +112,7 @@ def library() -> ctypes.CDLL | None:
         except OSError:
             continue
         found.lookahead_step.argtypes = [POINTER(Program), POINTER(Step)]
+        found.lookahead_large_pages.argtypes = [c_void_p, c_int64]
         if found.lookahead_able():
             return found
     return None

@@ -1,56 +1,35 @@
-"""A transformers model as a program: the operations that a step of it consists of, with the weights laid out for them.
-
-A recipe reads the modules of a model whose structure it knows. Whether the program then computes what the model
-computes is not for the recipe to say: `why_not` holds the logits of both against each other.
-"""
+"""A program: the operations that a step of a model consists of, with its weights laid out for them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from .library import (
-    ACTIVATIONS,
-    ATTEND,
-    ATTENDED,
-    BEST,
     DTYPES,
-    EMBED,
-    GATE,
-    INNER,
+    LAYER_NORM,
+    NO_NORM,
     NORM,
-    NORMED,
     PROJECT,
-    ROTATE,
-    TO_HEADS,
-    TO_LOGITS,
-    TO_RESIDUAL,
+    ROOT_MEAN_SQUARE,
     Op,
     Program,
+    huge,
 )
 
 PANEL = 32
 """Outputs of a product that are computed together."""
 
-ACTIVATION_OF = {
-    "SiLU": "silu",
-    "SiLUActivation": "silu",
-    "GELUTanh": "gelu_tanh",
-    "PytorchGELUTanh": "gelu_tanh",
-    "NewGELUActivation": "gelu_tanh",
-    "GELUActivation": "gelu",
-    "GELU": "gelu",
-    "ReLU": "relu",
-}
+Angles = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
+"""How many positions to the cosines and sines of them, (positions, half of what is rotated) each, in float32."""
 
 
 class NoProgramError(ValueError):
-    """A model that no recipe knows; the message says what is strange about it."""
+    """A model has no program; the message says what is strange about it."""
 
 
 def panels(weight: torch.Tensor) -> torch.Tensor:
@@ -60,22 +39,86 @@ def panels(weight: torch.Tensor) -> torch.Tensor:
     if missing:
         weight = torch.cat([weight, weight.new_zeros(missing, inputs)])
     together = 2 if weight.dtype == torch.bfloat16 else 1
-    laid = weight.view(-1, PANEL, inputs // together, together).transpose(1, 2)
-    return laid.contiguous()
+    return weight.view(-1, PANEL, inputs // together, together).transpose(1, 2).contiguous()
 
 
 def alternating(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """The panels of two weights, taking turns."""
-    return torch.stack([panels(first), panels(second)], 1).contiguous()
+    return torch.stack([panels(first), panels(second)], 1)
+
+
+def padded(bias: torch.Tensor | None) -> torch.Tensor | None:
+    """A bias in float32, as long as whole panels."""
+    if bias is None:
+        return None
+    bias = bias.detach().float()
+    return torch.cat([bias, bias.new_zeros(-len(bias) % PANEL)])
+
+
+class Arena:
+    """Memory for weights in large pages: with small ones, finding them takes a fifth of the time of reading them."""
+
+    _block = 1 << 28
+    _aligned = 64
+
+    def __init__(self) -> None:
+        self._rest = torch.empty(0, dtype=torch.uint8)
+
+    def put(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy of a tensor."""
+        size = tensor.nbytes
+        if len(self._rest) < size:
+            self._rest = huge(max(size, self._block))
+        place, self._rest = self._rest[:size], self._rest[size + -size % self._aligned :]
+        return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm that is known.
+
+    Attributes:
+        kind: ROOT_MEAN_SQUARE, LAYER_NORM, or NO_NORM, which passes on what it is given.
+        weight, bias: in float32, as they are multiplied and added.
+    """
+
+    kind: int = NO_NORM
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    eps: float = 0.0
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer: its weight, (outputs, inputs), and its bias, (outputs,), or None."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+
+    @property
+    def outputs(self) -> int:
+        return len(self.weight)
+
+
+def beside(parts: Sequence[Linear]) -> Linear:
+    """Linear layers of the same inputs as one."""
+    if all(part.bias is None for part in parts):
+        return Linear(torch.cat([part.weight for part in parts]))
+    biases = [part.weight.new_zeros(part.outputs) if part.bias is None else part.bias for part in parts]
+    return Linear(torch.cat([part.weight for part in parts]), torch.cat(biases))
 
 
 @dataclass
 class Made:
-    """A program with everything that it points to.
+    """A program in the making, with everything that it points to.
 
     Attributes:
-        layers: of the cache.
-        rotary: the module that gives the angles of positions.
+        hidden, heads, key_heads, size, inner, vocabulary: sizes; `size` is that of a head, `inner` of a feed-forward
+            network.
+        scale: of the scores of attention.
+        cap: of the logits, by a tanh; 0 is none.
+        tables: of angles, that rotations name by number.
+        spans: of each layer, the number of its slots among those of the cache.
     """
 
     dtype: torch.dtype
@@ -86,47 +129,61 @@ class Made:
     inner: int
     vocabulary: int
     scale: float
-    rotary: nn.Module
-    layers: int = 0
+    cap: float = 0.0
+    tables: list[Angles] = field(default_factory=list)
+    spans: list[int] = field(default_factory=list)
     ops: list[Op] = field(default_factory=list)
-    held: list[torch.Tensor] = field(default_factory=list)
-    cosines: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0))
-    sines: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    _held: list[torch.Tensor] = field(default_factory=list)
+    _arena: Arena = field(default_factory=Arena)
+
+    def known(self, module: nn.Module | None) -> Norm:
+        """What norm a module is, as `norm_of`."""
+        return norm_of(module, self.dtype)
 
     def hold(self, tensor: torch.Tensor | None) -> int | None:
         """The place of a tensor, which lives as long as the program."""
         if tensor is None:
             return None
-        self.held.append(tensor)
+        self._held.append(tensor.detach())
         return tensor.data_ptr()
 
+    def lay(self, weight: torch.Tensor) -> int | None:
+        """The place of panels, in large pages."""
+        return self.hold(self._arena.put(weight))
+
     def add(self, kind: int, **fields: Any) -> None:
+        """An operation."""
         self.ops.append(Op(kind=kind, **{"factor": 1.0, **fields}))
 
-    def norm(self, module: nn.Module, kept: bool = False) -> None:
-        """A root mean square norm of the residual stream."""
-        weight, eps = norm_of(module)
-        self.add(NORM, weight=self.hold(weight), eps=eps, kept=int(kept))
+    def norm(self, norm: Norm, kind: int = NORM, **fields: Any) -> None:
+        """A norm of the residual stream, or another operation that norms."""
+        places = {"weight": self.hold(norm.weight), "bias": self.hold(norm.bias)}
+        self.add(kind, option=norm.kind, eps=norm.eps, **places, **fields)
 
-    def project(self, parts: Sequence[nn.Module], origin: int, to: int, kept: bool = False) -> None:
-        """Linear layers side by side."""
-        weight, bias = joined(parts)
-        outputs, inputs = weight.shape
-        places = {"weight": self.hold(panels(weight)), "bias": self.hold(bias)}
-        self.add(PROJECT, origin=origin, to=to, outputs=outputs, inputs=inputs, kept=int(kept), **places)
-
-    def angles(self, positions: int) -> None:
-        """See that the angles of so many positions are known."""
-        if len(self.cosines) >= positions:
-            return
-        count = max(positions, 2 * len(self.cosines), 512)
-        with torch.no_grad():
-            found = self.rotary(torch.zeros(1, 1, self.hidden), torch.arange(count)[None])
-        half = found[0].shape[-1] // 2
-        self.cosines, self.sines = (angle[0, :, :half].float().contiguous() for angle in found)
+    def project(self, linear: Linear, kind: int = PROJECT, **fields: Any) -> None:
+        """A linear layer, or another operation with the same weight."""
+        outputs, inputs = linear.weight.shape
+        places = {"weight": self.lay(panels(linear.weight)), "bias": self.hold(padded(linear.bias))}
+        self.add(kind, outputs=outputs, inputs=inputs, **places, **fields)
 
     def program(self) -> Program:
-        """As the library takes it."""
+        """As the library takes it.
+
+        Raises:
+            NoProgramError: the library has no code for it.
+        """
+        if self.dtype not in DTYPES:
+            raise NoProgramError(f"there is no native code for {self.dtype}")
+        if any(tensor.device.type != "cpu" for tensor in self._held):
+            raise NoProgramError("its weights are not on the CPU")
+        if (
+            self.hidden % PANEL
+            or self.inner % PANEL
+            or self.size % 16
+            or self.heads % self.key_heads
+            or self.size > 512
+        ):
+            raise NoProgramError("its sizes are no multiples of what the native code computes together")
         return Program(
             dtype=DTYPES[self.dtype],
             hidden=self.hidden,
@@ -135,139 +192,65 @@ class Made:
             size=self.size,
             inner=self.inner,
             vocabulary=self.vocabulary,
-            rotated=2 * self.cosines.shape[1],
             count=len(self.ops),
             scale=self.scale,
-            cap=0.0,
+            cap=self.cap,
             ops=(Op * len(self.ops))(*self.ops),
         )
 
 
-def children(module: nn.Module, *names: str, optional: Sequence[str] = ()) -> list[Any]:
-    """The parts of a module, which has these and no others.
+def norm_of(module: nn.Module | None, like: torch.dtype = torch.float32) -> Norm:
+    """What norm a module is, found out by what it gives; none where there is no module.
+
+    Args:
+        like: what a norm without a weight is given.
 
     Raises:
-        NoProgramError: it has not.
+        NoProgramError: it is none that is known.
     """
-    there = {name for name, _ in module.named_children()}
-    unknown = there - set(names) - set(optional)
-    if unknown or set(names) - there:
-        strange = ", ".join(sorted(unknown or set(names) - there))
-        raise NoProgramError(f"{type(module).__name__} {'has' if unknown else 'lacks'} {strange}")
-    return [getattr(module, name, None) for name in (*names, *optional)]
-
-
-def norm_of(module: nn.Module) -> tuple[torch.Tensor, float]:
-    """Weight in float32, and epsilon, of a root mean square norm."""
-    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if "RMSNorm" not in type(module).__name__ or weight is None or not isinstance(eps, float):
+    if module is None:
+        return Norm()
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", 1e-5))
+    shape = getattr(module, "normalized_shape", None)
+    if weight is None and shape is not None and len(shape) == 1 and not list(module.parameters()):
+        weight = torch.ones(shape[0], dtype=like)
+    if not isinstance(weight, torch.Tensor) or weight.ndim != 1 or not isinstance(eps, float):
         raise NoProgramError(f"{type(module).__name__} is no norm that is known")
-    return weight.detach().float().contiguous(), eps
+    plain = weight.detach().float().contiguous()
+    added = None if bias is None else bias.detach().float().contiguous()
+    known = [
+        Norm(ROOT_MEAN_SQUARE, plain, added, eps),
+        Norm(ROOT_MEAN_SQUARE, plain + 1, added, eps),
+        Norm(LAYER_NORM, plain, added, eps),
+        Norm(LAYER_NORM, plain + 1, added, eps),
+    ]
+    x = torch.sin(torch.arange(2 * len(weight), dtype=torch.float32) * 1.7 + 0.3).view(2, -1).to(weight.dtype) + 0.5
+    with torch.no_grad():
+        wanted = module(x).float()
+    for norm, factor in zip(known, (plain, plain + 1) * 2, strict=True):
+        wide = x.float()
+        wide = wide - wide.mean(-1, keepdim=True) if norm.kind == LAYER_NORM else wide
+        found = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * factor
+        found = found if added is None else found + added
+        if (found - wanted).norm() <= (1e-5 if weight.dtype == torch.float32 else 1e-2) * wanted.norm():
+            return norm
+    raise NoProgramError(f"{type(module).__name__} is no norm that is known")
 
 
-def joined(parts: Sequence[nn.Module]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The weight of linear layers side by side, and their bias in float32, padded to whole panels."""
-    for part in parts:
-        if type(part) is not nn.Linear or "forward" in vars(part):
-            raise NoProgramError(f"{type(part).__name__} is no plain linear layer")
-    linears = [part for part in parts if isinstance(part, nn.Linear)]
-    weight = torch.cat([part.weight.detach() for part in linears])
-    if all(part.bias is None for part in linears):
-        return weight, None
-    biases = [weight.new_zeros(part.out_features) if part.bias is None else part.bias.detach() for part in linears]
-    bias = torch.cat(biases).float()
-    return weight, torch.cat([bias, bias.new_zeros(-len(bias) % PANEL)])
-
-
-def llama(model: Any, config: Any) -> Made:
-    """The layer of Llama, which Mistral, Qwen2, Qwen3, SmolLM and many others have as well."""
-    body, head = children(model, "model", "lm_head")
-    embedding, layers, last, rotary = children(body, "embed_tokens", "layers", "norm", "rotary_emb")
-    attention = layers[0].self_attn
-    query, key = attention.q_proj, attention.k_proj
-    size = attention.head_dim
-    made = Made(
-        dtype=embedding.weight.dtype,
-        hidden=embedding.embedding_dim,
-        heads=query.out_features // size,
-        key_heads=key.out_features // size,
-        size=size,
-        inner=layers[0].mlp.gate_proj.out_features,
-        vocabulary=head.out_features,
-        scale=float(attention.scaling),
-        rotary=rotary,
-    )
-    made.add(EMBED, weight=made.hold(embedding.weight.detach()))
-    for number, layer in enumerate(layers):
-        before, attention, between, unit = children(
-            layer, "input_layernorm", "self_attn", "post_attention_layernorm", "mlp"
-        )
-        query, key, value, output, query_norm, key_norm = children(
-            attention, "q_proj", "k_proj", "v_proj", "o_proj", optional=("q_norm", "k_norm")
-        )
-        gate, up, down, activation = children(unit, "gate_proj", "up_proj", "down_proj", optional=("act_fn",))
-        made.norm(before)
-        made.project([query, key, value], NORMED, TO_HEADS)
-        norms = [norm_of(module) if module is not None else (None, 0.0) for module in (query_norm, key_norm)]
-        places = {"weight": made.hold(norms[0][0]), "second": made.hold(norms[1][0])}
-        made.add(ROTATE, layer=number, eps=norms[0][1], **places)
-        made.add(ATTEND, layer=number, factor=0.0)
-        made.project([output], ATTENDED, TO_RESIDUAL)
-        made.norm(between)
-        made.hold(alternating(joined([gate])[0], joined([up])[0]))
-        biases = [joined([part])[1] for part in (gate, up)]
-        bias = None if biases[0] is None or biases[1] is None else torch.cat([biases[0], biases[1]])
-        kind = ACTIVATION_OF.get(type(activation if activation is not None else unit.act_fn).__name__)
-        if kind is None:
-            raise NoProgramError(f"{type(activation).__name__} is no activation that is known")
-        made.add(
-            GATE,
-            origin=NORMED,
-            outputs=gate.out_features,
-            inputs=gate.in_features,
-            option=ACTIVATIONS.index(kind),
-            weight=made.held[-1].data_ptr(),
-            bias=made.hold(bias),
-        )
-        made.project([down], INNER, TO_RESIDUAL)
-    made.layers = len(layers)
-    made.norm(last, kept=True)
-    made.project([head], NORMED, TO_LOGITS, kept=True)
-    made.add(BEST)
-    return made
-
-
-RECIPES = (llama,)
-
-
-def program_of(model: Any, config: Any) -> Made:
-    """The program of a model.
+def linear_of(module: nn.Module) -> Linear:
+    """A linear layer, also where its weight is stored the other way round.
 
     Raises:
-        NoProgramError: it has none; the message says why.
+        NoProgramError: it is none, or somebody has changed what it does.
     """
-    why = []
-    for recipe in RECIPES:
-        try:
-            made = recipe(model, config)
-        except (NoProgramError, AttributeError) as error:
-            why.append(str(error))
-            continue
-        _check(made)
-        return made
-    raise NoProgramError("; ".join(why))
-
-
-def _check(made: Made) -> None:
-    """Refuse what the library has no code for."""
-    if made.dtype not in DTYPES:
-        raise NoProgramError(f"there is no native code for {made.dtype}")
-    if made.hidden % PANEL or made.inner % PANEL or made.size % 16 or made.heads % made.key_heads:
-        raise NoProgramError("its sizes are no multiples of what the native code computes together")
-    if any(tensor.device.type != "cpu" for tensor in made.held):
-        raise NoProgramError("its weights are not on the CPU")
-
-
-def pointer(array: np.ndarray | torch.Tensor) -> int:
-    """Where an array lies."""
-    return array.ctypes.data if isinstance(array, np.ndarray) else array.data_ptr()
+    kind = type(module).__name__
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if (
+        kind not in ("Linear", "FalconLinear", "Conv1D")
+        or type(weight) is not nn.Parameter
+        or "forward" in vars(module)
+    ):
+        raise NoProgramError(f"{kind} is no plain linear layer")
+    weight = weight.detach()
+    return Linear(weight.t() if kind == "Conv1D" else weight, None if bias is None else bias.detach())

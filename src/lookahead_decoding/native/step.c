@@ -15,36 +15,40 @@
 #include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
+#include <sys/mman.h>
 
-enum { PANEL = 32, BLOCK = 12, AHEAD = 3072, SPINS = 20000, TILE = 16, MOST = 64 };
+enum { PANEL = 32, BLOCK = 12, AHEAD = 3072, SPINS = 20000, TILE = 16, MOST = 64, QUERIES = 4 };
 enum Dtype { FLOAT32 = 0, BFLOAT16 = 1 };
-enum Kind { EMBED, NORM, PROJECT, GATE, ROTATE, ATTEND, BEST };
+enum Kind { EMBED, NORM, PROJECT, GATE, ACTIVATE, ROTATE, ATTEND, ADD_NORMED, NORM_HEADS, BEST };
+enum Norm { ROOT_MEAN_SQUARE = 0, LAYER_NORM = 1, NO_NORM = 2 };
 enum Place { NORMED = 0, ATTENDED = 1, INNER = 2 };
 enum Target { TO_HEADS = 0, TO_RESIDUAL = 1, TO_LOGITS = 2 };
-enum Activation { SILU = 0, GELU_TANH = 1, GELU = 2, RELU = 3 };
+enum Activation { SILU = 0, GELU_TANH = 1, GELU = 2, RELU = 3, RELU_SQUARED = 4 };
 
 typedef struct {
-    int32_t kind, from, to, outputs, inputs, layer, option, kept;
+    int32_t kind, from, to, outputs, inputs, layer, option, kept, span, table, rotated;
     float eps, factor;
     const void *weight, *second;
     const float *bias;
 } Op;
 
 typedef struct {
-    int32_t dtype, hidden, heads, key_heads, size, inner, vocabulary, rotated, count;
+    int32_t dtype, hidden, heads, key_heads, size, inner, vocabulary, count;
     float scale, cap;
     const Op *ops;
 } Program;
 
 typedef struct {
-    int32_t rows, kept, threads, best;
+    int32_t rows, kept, threads, best, sequences;
     const int64_t *ids;
-    /* of each row: position in its text, slot that it is written to, and the slots that it sees: those before
-     * `prefix`, then `path` from start to the next row's start, itself the last */
-    const int32_t *position, *slot, *prefix, *start, *path, *sequence, *keep;
+    /* Of each row: the angle that it has, and what it sees: all positions before `prefix`, and then the nodes of its
+     * path, from `start` to the next row's start, itself the last. Node n stands in the slot of position prefix + n. */
+    const int32_t *angle, *prefix, *start, *path, *sequence, *keep;
     void *const *keys, *const *values; /* of each layer, (batch, key heads, capacity, size) */
-    int64_t by_sequence, by_head;      /* in numbers */
-    const float *cosines, *sines;      /* (positions, rotated / 2) */
+    /* Of each span, a kind of layer: the position in slot 0 of each sequence, and distances in numbers. */
+    const int32_t *origin;
+    const int64_t *by_sequence, *by_head;
+    const float *const *cosines, *const *sines; /* tables, (positions, rotated / 2) */
     float *residual, *heads, *logits, *scores;
     void *normed, *attended, *inner;
     int64_t scores_of_a_thread, normed_of_a_thread; /* in bytes */
@@ -123,6 +127,10 @@ INLINE FAST __m512 activated(__m512 x, int kind) {
     __m512 one = _mm512_set1_ps(1.0f), half = _mm512_set1_ps(0.5f);
     if (kind == SILU) return _mm512_div_ps(x, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
     if (kind == RELU) return _mm512_max_ps(x, _mm512_setzero_ps());
+    if (kind == RELU_SQUARED) {
+        x = _mm512_max_ps(x, _mm512_setzero_ps());
+        return _mm512_mul_ps(x, x);
+    }
     if (kind == GELU_TANH) {
         __m512 cube = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
         __m512 inside = _mm512_fmadd_ps(cube, _mm512_set1_ps(0.044715f), x);
@@ -272,32 +280,70 @@ static FAST void embed(const Self *self, const Op *op) {
     for (int row = self->thread; row < step->rows; row += step->threads)
         for (int i = 0; i < program->hidden; i += 16) {
             __m512 x = wide(op->weight, step->ids[row] * program->hidden + i, program->dtype);
-            _mm512_storeu_ps(step->residual + (int64_t)row * program->hidden + i, _mm512_mul_ps(x, factor));
+            x = _mm512_mul_ps(x, factor);
+            if (op->second) /* learned positions */
+                x = _mm512_add_ps(x, wide(op->second, (int64_t)step->angle[row] * program->hidden + i, program->dtype));
+            _mm512_storeu_ps(step->residual + (int64_t)row * program->hidden + i, x);
         }
+}
+
+/* Mean to take away and factor to multiply by, of one row. */
+INLINE FAST void measured(const float *x, int count, const Op *op, float *mean, float *scale) {
+    __m512 squares = _mm512_setzero_ps(), sum = _mm512_setzero_ps();
+    *mean = 0.0f;
+    if (op->option == LAYER_NORM) {
+        for (int i = 0; i < count; i += 16) sum = _mm512_add_ps(sum, _mm512_loadu_ps(x + i));
+        *mean = _mm512_reduce_add_ps(sum) / (float)count;
+    }
+    for (int i = 0; i < count; i += 16) {
+        __m512 away = _mm512_sub_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(*mean));
+        squares = _mm512_fmadd_ps(away, away, squares);
+    }
+    *scale = 1.0f / sqrtf(_mm512_reduce_add_ps(squares) / (float)count + op->eps);
+}
+
+INLINE FAST __m512 normed_at(const float *x, int i, const Op *op, float mean, float scale) {
+    __m512 y = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(mean)), _mm512_set1_ps(scale));
+    y = _mm512_mul_ps(y, _mm512_loadu_ps((const float *)op->weight + i));
+    return op->bias ? _mm512_add_ps(y, _mm512_loadu_ps(op->bias + i)) : y;
 }
 
 /* Every thread for itself, which takes less than waiting for others would. */
 static FAST void norm(const Self *self, const Op *op) {
     int hidden = self->program->hidden;
     int rows = op->kept ? self->step->kept : self->step->rows;
-    const float *weight = op->weight;
     for (int row = 0; row < rows; row++) {
-        int64_t from = op->kept ? self->step->keep[row] : row;
-        const float *x = self->step->residual + from * hidden;
-        __m512 squares = _mm512_setzero_ps(), sum = _mm512_setzero_ps();
-        for (int i = 0; i < hidden; i += 16) sum = _mm512_add_ps(sum, _mm512_loadu_ps(x + i));
-        float mean = op->option ? _mm512_reduce_add_ps(sum) / (float)hidden : 0.0f;
+        const float *x = self->step->residual + (int64_t)(op->kept ? self->step->keep[row] : row) * hidden;
+        float mean = 0.0f, scale = 1.0f;
+        if (op->option != NO_NORM) measured(x, hidden, op, &mean, &scale);
         for (int i = 0; i < hidden; i += 16) {
-            __m512 away = _mm512_sub_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(mean));
-            squares = _mm512_fmadd_ps(away, away, squares);
-        }
-        float scale = 1.0f / sqrtf(_mm512_reduce_add_ps(squares) / (float)hidden + op->eps);
-        for (int i = 0; i < hidden; i += 16) {
-            __m512 y = _mm512_sub_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(mean));
-            y = _mm512_mul_ps(_mm512_mul_ps(y, _mm512_set1_ps(scale)), _mm512_loadu_ps(weight + i));
-            if (op->bias) y = _mm512_add_ps(y, _mm512_loadu_ps(op->bias + i));
+            __m512 y = op->option == NO_NORM ? _mm512_loadu_ps(x + i) : normed_at(x, i, op, mean, scale);
             narrow(self->normed, (int64_t)row * hidden + i, y, self->program->dtype);
         }
+    }
+}
+
+/* What a projection has given is normed before it joins the residual stream. */
+static FAST void add_normed(const Self *self, const Op *op) {
+    int hidden = self->program->hidden;
+    for (int row = self->thread; row < self->step->rows; row += self->step->threads) {
+        const float *x = self->step->heads + (int64_t)row * hidden;
+        float *to = self->step->residual + (int64_t)row * hidden, mean, scale;
+        measured(x, hidden, op, &mean, &scale);
+        for (int i = 0; i < hidden; i += 16) {
+            __m512 y = normed_at(x, i, op, mean, scale);
+            _mm512_storeu_ps(to + i, _mm512_fmadd_ps(y, _mm512_set1_ps(op->factor), _mm512_loadu_ps(to + i)));
+        }
+    }
+}
+
+/* All queries, or all keys, of a row normed together. */
+static FAST void norm_heads(const Self *self, const Op *op) {
+    int64_t all = (int64_t)(self->program->heads + 2 * self->program->key_heads) * self->program->size;
+    for (int row = self->thread; row < self->step->rows; row += self->step->threads) {
+        float *x = self->step->heads + row * all + op->layer, mean, scale;
+        measured(x, op->outputs, op, &mean, &scale);
+        for (int i = 0; i < op->outputs; i += 16) _mm512_storeu_ps(x + i, normed_at(x, i, op, mean, scale));
     }
 }
 
@@ -376,27 +422,47 @@ static FAST void gate(const Self *self, const Op *op, int64_t *next) {
             }
 }
 
-/* One head of one row: normed, rotated, and written to where attention reads it. */
+/* A feed-forward network without a gate. */
+static FAST void activate(const Self *self, const Op *op, int64_t *next) {
+    const Step *step = self->step;
+    int64_t panels = op->outputs / PANEL, size = (int64_t)PANEL * op->inputs * width(self);
+    int64_t some = panels / (8 * step->threads) + 1;
+    const char *from = source(self, op->from);
+    float out[BLOCK * PANEL];
+    for (int64_t panel = take(next, some); panel < panels; panel = take(next, some))
+        for (int64_t end = panel + some; panel < end && panel < panels; panel++)
+            for (int first = 0; first < step->rows; first += BLOCK) {
+                int now = step->rows - first < BLOCK ? step->rows - first : BLOCK;
+                const char *x = from + (int64_t)first * op->inputs * width(self);
+                self->product((const char *)op->weight + panel * size, x, op->inputs, op->inputs, out, now);
+                for (int r = 0; r < now; r++)
+                    for (int half = 0; half < PANEL; half += 16) {
+                        __m512 y = _mm512_loadu_ps(out + r * PANEL + half);
+                        if (op->bias) y = _mm512_add_ps(y, _mm512_loadu_ps(op->bias + panel * PANEL + half));
+                        int64_t at = (int64_t)(first + r) * op->outputs + panel * PANEL + half;
+                        narrow(step->inner, at, activated(y, op->option), self->program->dtype);
+                    }
+            }
+}
+
+/* One head of one row: normed, and rotated. */
 static FAST void turn(const Program *program, const Op *op, const Step *step, float *x, int row, const float *weight) {
-    int size = program->size, half = program->rotated / 2;
+    int size = program->size, half = op->rotated / 2;
     if (weight) {
-        __m512 squares = _mm512_setzero_ps();
-        for (int i = 0; i < size; i += 16) {
-            __m512 y = _mm512_loadu_ps(x + i);
-            squares = _mm512_fmadd_ps(y, y, squares);
-        }
-        __m512 scale = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(squares) / (float)size + op->eps));
-        for (int i = 0; i < size; i += 16) {
-            __m512 y = _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + i), scale), _mm512_loadu_ps(weight + i));
-            _mm512_storeu_ps(x + i, y);
-        }
+        float mean, scale;
+        Op own = *op;
+        own.weight = weight, own.option = ROOT_MEAN_SQUARE, own.bias = NULL;
+        measured(x, size, &own, &mean, &scale);
+        for (int i = 0; i < size; i += 16) _mm512_storeu_ps(x + i, normed_at(x, i, &own, mean, scale));
     }
-    const float *cosines = step->cosines + (int64_t)step->position[row] * half;
-    const float *sines = step->sines + (int64_t)step->position[row] * half;
+    if (!half) return;
+    const float *cosines = step->cosines[op->table] + (int64_t)step->angle[row] * half;
+    const float *sines = step->sines[op->table] + (int64_t)step->angle[row] * half;
+    int apart = op->option ? 1 : half, by = op->option ? 2 : 1; /* pairs side by side, or halves */
     for (int i = 0; i < half; i++) {
-        float a = x[i], b = x[half + i];
-        x[i] = a * cosines[i] - b * sines[i];
-        x[half + i] = b * cosines[i] + a * sines[i];
+        float a = x[i * by], b = x[i * by + apart];
+        x[i * by] = a * cosines[i] - b * sines[i];
+        x[i * by + apart] = b * cosines[i] + a * sines[i];
     }
 }
 
@@ -404,96 +470,172 @@ INLINE FAST void copied(void *to, int64_t at, const float *x, int size, int dtyp
     for (int i = 0; i < size; i += 16) narrow(to, at + i, _mm512_loadu_ps(x + i), dtype);
 }
 
+/* Where a sequence's keys of one head begin, in numbers, were its position 0 there. */
+INLINE int64_t beginning(const Step *step, const Op *op, int row, int key_head, int size) {
+    int sequence = step->sequence[row];
+    return sequence * step->by_sequence[op->span] + key_head * step->by_head[op->span] -
+           (int64_t)step->origin[op->span * step->sequences + sequence] * size;
+}
+
 static FAST void rotate(const Self *self, const Op *op) {
     const Program *program = self->program;
     const Step *step = self->step;
     int size = program->size, heads = program->heads, key_heads = program->key_heads;
-    int64_t wide_row = (int64_t)(heads + 2 * key_heads) * size;
     int all = heads + 2 * key_heads;
     for (int task = self->thread; task < step->rows * all; task += step->threads) {
         int row = task / all, head = task % all;
-        float *x = step->heads + row * wide_row + (int64_t)head * size;
+        float *x = step->heads + (int64_t)task * size;
         if (head < heads + key_heads) turn(program, op, step, x, row, head < heads ? op->weight : op->second);
         if (head < heads) continue;
-        int key = (head - heads) % key_heads;
         void *buffer = (head < heads + key_heads ? step->keys : step->values)[op->layer];
-        int64_t at = step->sequence[row] * step->by_sequence + key * step->by_head + (int64_t)step->slot[row] * size;
-        copied(buffer, at, x, size, program->dtype);
+        int64_t slot = step->prefix[row] + step->path[step->start[row + 1] - 1];
+        copied(buffer, beginning(step, op, row, (head - heads) % key_heads, size) + slot * size, x, size, program->dtype);
     }
 }
 
-/* One query head of one row over the positions that it sees, in their order, wherever they lie. */
-static FAST void attend_one(const Self *self, const Op *op, int row, int head) {
+/* What one row sees, in the order of positions. */
+typedef struct {
+    int64_t base;
+    const int32_t *path;
+    int prefix, first, end, size;
+} View;
+
+INLINE int64_t place(const View *view, int position) {
+    int slot = position < view->prefix ? position : view->prefix + view->path[position - view->prefix];
+    return view->base + (int64_t)slot * view->size;
+}
+
+/* Products of a query with the keys of sixteen positions. */
+INLINE FAST void tile(const View *view, int at, const void *keys, const float *query, int dtype, __m512 *products) {
+    for (int i = 0; i < TILE; i++) {
+        __m512 sum = _mm512_setzero_ps();
+        if (at + i >= view->first && at + i < view->end) {
+            int64_t key = place(view, at + i);
+            for (int d = 0; d < view->size; d += 16)
+                sum = _mm512_fmadd_ps(_mm512_loadu_ps(query + d), wide(keys, key + d, dtype), sum);
+        }
+        products[i] = sum;
+    }
+}
+
+/* The same by products of bfloat16; sizes are multiples of 32. */
+INLINE HALF void half_tile(const View *view, int at, const uint16_t *keys, const uint16_t *query, __m512 *products) {
+    for (int i = 0; i < TILE; i++) {
+        __m512 sum = _mm512_setzero_ps();
+        if (at + i >= view->first && at + i < view->end) {
+            int64_t key = place(view, at + i);
+            for (int d = 0; d < view->size; d += 32)
+                sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(query + d), (__m512bh)_mm512_loadu_si512(keys + key + d));
+        }
+        products[i] = sum;
+    }
+}
+
+/* Weights of the positions that a query sees, not yet divided by their sum, which is returned. */
+#define WEIGHTS(name, attribute, type, product)                                                                        \
+    static attribute float name(const View *view, const Program *program, float cap, const void *keys,                 \
+                                const void *query, float *scores) {                                                    \
+        __m512 best = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();                                          \
+        for (int at = view->first / TILE * TILE; at < view->end; at += TILE) {                                         \
+            __m512 products[TILE];                                                                                     \
+            product;                                                                                                   \
+            __m512 score = _mm512_mul_ps(sums(products), _mm512_set1_ps(program->scale));                              \
+            if (cap > 0) {                                                                                             \
+                __m512 bound = _mm512_set1_ps(cap);                                                                    \
+                score = _mm512_mul_ps(hyperbolic_tangent(_mm512_div_ps(score, bound)), bound);                         \
+            }                                                                                                          \
+            __mmask16 inside = 0xffff;                                                                                 \
+            if (at + TILE > view->end) inside &= (__mmask16)((1u << (view->end - at)) - 1);                            \
+            if (at < view->first) inside &= (__mmask16)(0xffffu << (view->first - at));                                \
+            score = _mm512_mask_blend_ps(inside, _mm512_set1_ps(-INFINITY), score);                                    \
+            _mm512_storeu_ps(scores + at, score);                                                                      \
+            best = _mm512_max_ps(best, score);                                                                         \
+        }                                                                                                              \
+        __m512 most = _mm512_set1_ps(_mm512_reduce_max_ps(best));                                                      \
+        for (int at = view->first / TILE * TILE; at < view->end; at += TILE) {                                         \
+            __m512 score = _mm512_loadu_ps(scores + at);                                                               \
+            __mmask16 inside = _mm512_cmp_ps_mask(score, _mm512_set1_ps(-INFINITY), _CMP_NEQ_OQ);                      \
+            __m512 weight = _mm512_maskz_mov_ps(inside, exponential(_mm512_sub_ps(score, most)));                      \
+            _mm512_storeu_ps(scores + at, weight);                                                                     \
+            total = _mm512_add_ps(total, weight);                                                                      \
+        }                                                                                                              \
+        return _mm512_reduce_add_ps(total);                                                                            \
+    }
+WEIGHTS(weights, FAST, float, tile(view, at, keys, query, program->dtype, products))
+WEIGHTS(half_weights, HALF, uint16_t, half_tile(view, at, keys, query, products))
+
+/* Sums of values by the weights of some queries that share them. */
+INLINE FAST void mixed(const View *view, const void *values, int dtype, const float *scores, int64_t by, int from,
+                       __m512 (*sum)[MOST / 16], const int queries, const int parts) {
+    for (int q = 0; q < queries; q++)
+        for (int i = 0; i < parts; i++) sum[q][i] = _mm512_setzero_ps();
+    for (int position = view->first; position < view->end; position++) {
+        int64_t value = place(view, position) + from;
+        __m512 row[MOST / 16] = {_mm512_setzero_ps()};
+#pragma GCC unroll 4
+        for (int i = 0; i < parts; i++) row[i] = wide(values, value + 16 * i, dtype);
+#pragma GCC unroll 4
+        for (int q = 0; q < queries; q++) {
+            __m512 weight = _mm512_set1_ps(scores[q * by + position]);
+#pragma GCC unroll 4
+            for (int i = 0; i < parts; i++) sum[q][i] = _mm512_fmadd_ps(weight, row[i], sum[q][i]);
+        }
+    }
+}
+
+/* Some query heads of one row that share a key head. */
+static FAST void attend_some(const Self *self, const Op *op, int row, int head, int queries) {
     const Program *program = self->program;
     const Step *step = self->step;
     int size = program->size, dtype = program->dtype, all = program->heads + 2 * program->key_heads;
-    const float *query = step->heads + (int64_t)row * all * size + (int64_t)head * size;
-    int64_t base = step->sequence[row] * step->by_sequence + (head / (program->heads / program->key_heads)) * step->by_head;
-    int prefix = step->prefix[row];
-    const int32_t *path = step->path + step->start[row];
-    int seen = prefix + step->start[row + 1] - step->start[row];
-    int first = op->option && seen > op->option ? seen - op->option : 0; /* a window */
-    const void *keys = step->keys[op->layer], *values = step->values[op->layer];
-    float *scores = self->scores;
-    __m512 best = _mm512_set1_ps(-INFINITY);
-    for (int at = first / TILE * TILE; at < seen; at += TILE) {
-        __m512 products[TILE];
-        for (int i = 0; i < TILE; i++) {
-            int position = at + i;
-            __m512 sum = _mm512_setzero_ps();
-            if (position < seen) {
-                int64_t key = base + (int64_t)(position < prefix ? position : path[position - prefix]) * size;
-                for (int d = 0; d < size; d += 16)
-                    sum = _mm512_fmadd_ps(_mm512_loadu_ps(query + d), wide(keys, key + d, dtype), sum);
-            }
-            products[i] = sum;
-        }
-        __m512 score = _mm512_mul_ps(sums(products), _mm512_set1_ps(program->scale));
-        if (op->factor > 0) {
-            __m512 cap = _mm512_set1_ps(op->factor);
-            score = _mm512_mul_ps(hyperbolic_tangent(_mm512_div_ps(score, cap)), cap);
-        }
-        __mmask16 inside = 0xffff;
-        if (at + TILE > seen) inside &= (__mmask16)((1u << (seen - at)) - 1);
-        if (at < first) inside &= (__mmask16)(0xffffu << (first - at));
-        score = _mm512_mask_blend_ps(inside, _mm512_set1_ps(-INFINITY), score);
-        _mm512_storeu_ps(scores + at, score);
-        best = _mm512_max_ps(best, score);
+    View view = {beginning(step, op, row, head / (program->heads / program->key_heads), size),
+                 step->path + step->start[row], step->prefix[row], 0, 0, size};
+    view.end = view.prefix + step->start[row + 1] - step->start[row];
+    if (op->option > 0 && view.end > op->option) view.first = view.end - op->option; /* a window */
+    if (op->option < 0) view.first = (view.end - 1) / -op->option * -op->option;     /* the last of its chunks */
+    int64_t by = self->step->scores_of_a_thread / 4 / QUERIES;
+    float total[QUERIES];
+    for (int q = 0; q < queries; q++) {
+        const float *query = step->heads + ((int64_t)row * all + head + q) * size;
+        const void *keys = step->keys[op->layer];
+        if (dtype == BFLOAT16 && self->product == half_product && size % 32 == 0) {
+            uint16_t narrowed[512];
+            copied(narrowed, 0, query, size, dtype);
+            total[q] = half_weights(&view, program, op->factor, keys, narrowed, self->scores + q * by);
+        } else
+            total[q] = weights(&view, program, op->factor, keys, query, self->scores + q * by);
     }
-    __m512 most = _mm512_set1_ps(_mm512_reduce_max_ps(best)), total = _mm512_setzero_ps();
-    for (int at = first / TILE * TILE; at < seen; at += TILE) {
-        __m512 score = _mm512_loadu_ps(scores + at);
-        __mmask16 inside = _mm512_cmp_ps_mask(score, _mm512_set1_ps(-INFINITY), _CMP_NEQ_OQ);
-        __m512 weight = _mm512_maskz_mov_ps(inside, exponential(_mm512_sub_ps(score, most)));
-        _mm512_storeu_ps(scores + at, weight);
-        total = _mm512_add_ps(total, weight);
-    }
-    __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
-    int64_t to = ((int64_t)row * program->heads + head) * size;
     for (int d = 0; d < size; d += MOST) {
-        __m512 sum[MOST / 16];
+        __m512 sum[QUERIES][MOST / 16];
         int parts = (size - d < MOST ? size - d : MOST) / 16;
-        for (int i = 0; i < MOST / 16; i++) sum[i] = _mm512_setzero_ps();
-        for (int position = first; position < seen; position++) {
-            __m512 weight = _mm512_set1_ps(scores[position]);
-            int64_t value = base + (int64_t)(position < prefix ? position : path[position - prefix]) * size + d;
-            if (parts == MOST / 16) {
-#pragma GCC unroll 4
-                for (int i = 0; i < MOST / 16; i++) sum[i] = _mm512_fmadd_ps(weight, wide(values, value + 16 * i, dtype), sum[i]);
-            } else
-                for (int i = 0; i < parts; i++) sum[i] = _mm512_fmadd_ps(weight, wide(values, value + 16 * i, dtype), sum[i]);
-        }
-        for (int i = 0; i < parts; i++) narrow(step->attended, to + d + 16 * i, _mm512_mul_ps(sum[i], share), dtype);
+        const void *values = step->values[op->layer];
+#define MIX(n, p) mixed(&view, values, dtype, self->scores, by, d, sum, n, p)
+        if (parts == 4 && queries == 4) MIX(4, 4);
+        else if (parts == 4 && queries == 3) MIX(3, 4);
+        else if (parts == 4 && queries == 2) MIX(2, 4);
+        else if (parts == 4) MIX(1, 4);
+        else MIX(queries, parts);
+        for (int q = 0; q < queries; q++)
+            for (int i = 0; i < parts; i++) {
+                __m512 share = _mm512_set1_ps(1.0f / total[q]);
+                int64_t to = ((int64_t)row * program->heads + head + q) * size + d + 16 * i;
+                narrow(step->attended, to, _mm512_mul_ps(sum[q][i], share), dtype);
+            }
     }
 }
 
 static FAST void attend(const Self *self, const Op *op, int64_t *next) {
     const Step *step = self->step;
-    int heads = self->program->heads;
-    int64_t tasks = (int64_t)step->rows * heads, some = tasks / (8 * step->threads) + 1;
+    int groups = self->program->heads / self->program->key_heads, most = groups < QUERIES ? groups : QUERIES;
+    if (step->rows * self->program->key_heads < 4 * step->threads) most = 1; /* or some threads had nothing to do */
+    int parts = (groups + most - 1) / most;
+    int64_t tasks = (int64_t)step->rows * self->program->key_heads * parts, some = tasks / (8 * step->threads) + 1;
     for (int64_t task = take(next, some); task < tasks; task = take(next, some))
-        for (int64_t end = task + some; task < end && task < tasks; task++)
-            attend_one(self, op, (int)(task % step->rows), (int)(task / step->rows)); /* rows share keys */
+        for (int64_t end = task + some; task < end && task < tasks; task++) {
+            int row = (int)(task % step->rows), part = (int)(task / step->rows); /* rows share keys */
+            int first = part % parts * most, queries = groups - first < most ? groups - first : most;
+            attend_some(self, op, row, part / parts * groups + first, queries);
+        }
 }
 
 /* The best tokens of each row, best first; of equal ones the first. */
@@ -539,6 +681,9 @@ static void one_thread(const Program *program, const Step *step, Barrier *barrie
             case NORM: norm(&self, op); continue;
             case PROJECT: project(&self, op, next); break;
             case GATE: gate(&self, op, next); break;
+            case ACTIVATE: activate(&self, op, next); break;
+            case ADD_NORMED: add_normed(&self, op); break;
+            case NORM_HEADS: norm_heads(&self, op); break;
             case ROTATE: rotate(&self, op); break;
             case ATTEND: attend(&self, op, next); break;
             case BEST: best(&self); break;
@@ -559,6 +704,15 @@ int lookahead_step(const Program *program, const Step *step) {
         one_thread(program, &own, &barrier, product, omp_get_thread_num());
     }
     return own.threads;
+}
+
+/* Ask for large pages; a system without them says no, and nothing else is lost. */
+void lookahead_large_pages(void *at, int64_t size) {
+#ifdef MADV_HUGEPAGE
+    madvise(at, (size_t)size, MADV_HUGEPAGE);
+#else
+    (void)at, (void)size;
+#endif
 }
 
 /* Whether this processor has what the code above is written in: 2 with products of bfloat16, 1 without, 0 not at all. */

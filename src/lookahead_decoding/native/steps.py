@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..cache import TreeCache
 from ..evaluate import text_config
 from ..memory import memory_of
 from ..packed import version_of
@@ -17,17 +18,29 @@ from ..sampler import StepLogits
 from ..sources import RANKS
 from ..tree import TokenTree
 from ..trees import TreeSteps
-from .library import Step, library, why_no_library
-from .program import Made, NoProgramError, pointer, program_of
+from .library import Step, library, pointer, why_no_library
+from .program import Made, NoProgramError
+from .recipes import read
 
 CHUNK = 192
 """Rows of a call at most: more go in several, which gives the same numbers."""
 
-BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 """How far a program's logits may be from the model's own, as a share of their size."""
 
 SAMPLE = 24
 """Tokens on which they are compared."""
+
+LONGEST = 1024
+"""Windows up to this size are passed by that comparison."""
+
+QUERIES = 4
+"""Query heads that a thread takes together, as `step.c` says."""
+
+
+Row = tuple[int, int, int, Sequence[int], int]
+"""A row of a step: its token, its position, how many positions from the first on it sees, the nodes of its path, and
+its sequence. Node n stands behind those positions, n further on."""
 
 
 class Native:
@@ -40,74 +53,71 @@ class Native:
     def __init__(self, made: Made) -> None:
         self.made = made
         self._threads = torch.get_num_threads()
-        width = made.hidden if made.dtype == torch.float32 else made.hidden // 2 + made.hidden % 2
+        heads = (made.heads + 2 * made.key_heads) * made.size
         self._residual = torch.empty(CHUNK, made.hidden)
-        self._heads = torch.empty(CHUNK, (made.heads + 2 * made.key_heads) * made.size)
+        self._heads = torch.empty(CHUNK, max(heads, made.hidden))
         self._attended = torch.empty(CHUNK, made.heads * made.size, dtype=made.dtype)
         self._inner = torch.empty(CHUNK, made.inner, dtype=made.dtype)
-        self._normed = torch.empty(self._threads, CHUNK * width + 16)
+        self._normed = torch.empty(self._threads, CHUNK * made.hidden + 32, dtype=made.dtype)
         self._scores = torch.empty(self._threads, 0)
         self._next = np.zeros(8 * len(made.ops), dtype=np.int64)
         self._program = made.program()
         self._logits = torch.empty(0)
+        self._angles: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def run(
-        self,
-        layers: Sequence[Any],
-        ids: np.ndarray,
-        positions: np.ndarray,
-        slots: np.ndarray,
-        prefixes: np.ndarray,
-        paths: Sequence[Sequence[int]],
-        sequences: np.ndarray,
-        keep: Sequence[int],
+        self, cache: TreeCache, rows: Sequence[Row], keep: Sequence[int], shift: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Evaluate some rows, at most `CHUNK` of them.
+        """Evaluate some rows, at most `CHUNK` of them, and write their keys and values.
 
         Args:
-            layers: of the cache, with keys and values (batch, key heads, capacity, size).
-            ids, positions: of each row.
-            slots: where the keys and values of each row go.
-            prefixes: slots that each row sees, from the first on.
-            paths: slots that it sees behind them, itself the last.
-            sequences: of the batch.
+            cache: with keys and values in every layer.
             keep: rows that need logits.
+            shift: from a position to what the model calls it.
 
         Returns:
             Logits (len(keep), vocab) in float32, and the best tokens of these rows, best first, behind the very best
             one, (len(keep), 1 + RANKS).
         """
         made, threads = self.made, self._threads
-        capacity = layers[0].keys.shape[2]
-        if int(positions.max()) >= len(made.cosines):
-            made.angles(int(positions.max()) + 1)
-            self._program = made.program()
-        if self._scores.shape[1] < capacity + 32:
-            self._scores = torch.empty(threads, capacity + 32)
-        if len(self._logits) < len(keep):
-            self._logits = torch.empty(len(keep), made.vocabulary)
+        ids, positions, prefixes, paths, sequences = zip(*rows, strict=True)
+        self._make_room(max(positions) + shift + 1, cache.capacity, len(keep))
         logits, found = self._logits[: len(keep)], np.zeros((len(keep), RANKS), dtype=np.int32)
         starts = np.cumsum([0, *map(len, paths)])
-        flat = [slot for path in paths for slot in path]
-        integers = [positions, slots, prefixes, starts, flat, sequences, keep]
-        arrays = [np.ascontiguousarray(part, dtype=np.int32) for part in integers]
-        ids = np.ascontiguousarray(ids, dtype=np.int64)
-        keys, values = (np.array([pointer(getattr(layer, n)) for layer in layers]) for n in ("keys", "values"))
-        step = Step(
-            len(ids), len(keep), threads, RANKS, pointer(ids), *map(pointer, arrays), pointer(keys), pointer(values)
-        )
-        step.by_sequence, step.by_head = layers[0].keys.stride()[:2]
-        step.cosines, step.sines = pointer(made.cosines), pointer(made.sines)
+        flat = [node for path in paths for node in path]
+        angles = np.array(positions) + shift
+        integers = [np.asarray(part, dtype=np.int32) for part in (angles, prefixes, starts, flat, sequences, keep)]
+        tokens = np.array(ids, dtype=np.int64)
+        keys, values = (np.array([pointer(getattr(layer, n)) for layer in cache.layers]) for n in ("keys", "values"))
+        spans = cache.all_slots
+        first = [next(layer.keys for layer in cache.layers if layer.slots is slots) for slots in spans]
+        origins = np.array([slots.starts for slots in spans], dtype=np.int32)
+        distances = np.array([buffer.stride()[:2] for buffer in first], dtype=np.int64).T.copy()
+        tables = [np.array([pointer(table[i]) for table in self._angles], dtype=np.int64) for i in (0, 1)]
+        step = Step(len(rows), len(keep), threads, RANKS, len(cache.lengths), pointer(tokens), *map(pointer, integers))
+        step.keys, step.values, step.origin = pointer(keys), pointer(values), pointer(origins)
+        step.by_sequence, step.by_head = pointer(distances[0]), pointer(distances[1])
+        step.cosines, step.sines = map(pointer, tables)
         step.residual, step.heads, step.logits = map(pointer, (self._residual, self._heads, logits))
         step.scores, step.normed = pointer(self._scores), pointer(self._normed)
         step.attended, step.inner = pointer(self._attended), pointer(self._inner)
-        step.scores_of_a_thread, step.normed_of_a_thread = (4 * t.stride(0) for t in (self._scores, self._normed))
+        step.scores_of_a_thread = 4 * self._scores.shape[1]
+        step.normed_of_a_thread = made.dtype.itemsize * self._normed.shape[1]
         step.found, step.next = pointer(found), pointer(self._next)
         code = library()
         assert code is not None
         code.lookahead_step(ctypes.byref(self._program), ctypes.byref(step))
         best = torch.from_numpy(found)
         return logits, torch.cat([best[:, :1], best], 1)
+
+    def _make_room(self, positions: int, capacity: int, kept: int) -> None:
+        """See that there are angles, scores and logits for so many."""
+        if self.made.tables and (not self._angles or len(self._angles[0][0]) < positions):
+            self._angles = [table(max(512, 2 * positions)) for table in self.made.tables]
+        if self._scores.shape[1] < QUERIES * (capacity + 32):
+            self._scores = torch.empty(self._threads, QUERIES * (capacity + 32))
+        if len(self._logits) < kept:
+            self._logits = torch.empty(kept, self.made.vocabulary)
 
 
 class NativeSteps(TreeSteps):
@@ -136,56 +146,50 @@ class NativeSteps(TreeSteps):
         rows = {b: [first[b] + node if node < len(tree) else first[b] for node in keep] for b, tree in live}
         some = next(iter(rows.values()))
         kept = [row for b in range(len(trees)) for row in rows.get(b, some)]  # an ended one has anybody's
+        self.cache.make_room(max(len(tree) for _, tree in live))
         logits, best = self._run(list(self._rows_of(live)), kept)
         shape = len(trees), len(keep), -1
         return StepLogits(logits.view(shape), tuple(keep), best.view(shape))
 
+    def _chunk(self, prompts: Sequence[Sequence[int]]) -> int:
+        return min(CHUNK, self.cache.chunk)
+
     def _prefill(self, parts: Sequence[Sequence[int]], keep: list[int]) -> torch.Tensor:
         """Logits of the rows in `keep`, (batch, len(keep), vocab)."""
         found = torch.zeros(len(parts), len(keep), self._native.made.vocabulary)
+        self.cache.make_room(max(map(len, parts)))
         for b, part in enumerate(parts):
             if part:  # of its own, only the last row is asked for
                 found[b] = self._run(list(self._rows_in(part, b)), [len(part) - 1])[0]
         return found
 
-    def _rows_in(self, part: Sequence[int], b: int) -> Iterator[tuple[int, int, int, int, list[int], int]]:
-        """As `_rows_of`, of tokens of one sequence in a row."""
-        for slot, token in enumerate(part, self.lengths[b]):
-            yield token, slot, slot, slot, [slot], b
+    def _rows_in(self, part: Sequence[int], b: int) -> Iterator[Row]:
+        """Rows of a sequence's tokens, each behind all before it."""
+        for position, token in enumerate(part, self.lengths[b]):
+            yield token, position, position, (0,), b
 
-    def _rows_of(self, live: Sequence[tuple[int, TokenTree]]) -> Iterator[tuple[int, int, int, int, list[int], int]]:
-        """Token, position, slot, visible prefix, path and sequence of each row."""
+    def _rows_of(self, live: Sequence[tuple[int, TokenTree]]) -> Iterator[Row]:
+        """Rows of trees."""
         for b, tree in live:
             held = self.lengths[b]
-            paths: list[list[int]] = []
+            paths: list[tuple[int, ...]] = []
             for node, (token, parent) in enumerate(zip(tree.tokens, tree.parents, strict=True)):
-                paths.append([*(paths[parent] if parent >= 0 else []), held + node])
-                yield token, held + len(paths[node]) - 1, held + node, held, paths[node], b
+                paths.append((*(paths[parent] if parent >= 0 else ()), node))
+                yield token, held + len(paths[node]) - 1, held, paths[node], b
 
-    def _run(self, rows: Sequence[Any], keep: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _run(self, rows: Sequence[Row], keep: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Native.run`, in as many calls as it takes; no row sees one of a later call."""
         shift = int(self._shifts[0])
-        logits, best = [], []
+        if len(rows) <= CHUNK:
+            return self._native.run(self.cache, rows, keep, shift)
+        found = []
         for at in range(0, len(rows), CHUNK):
-            ids, positions, slots, prefixes, paths, sequences = zip(*rows[at : at + CHUNK], strict=True)
             kept = [row - at for row in keep if at <= row < at + CHUNK]
-            found = self._native.run(
-                self.cache.layers,
-                np.array(ids),
-                np.array(positions) + shift,
-                np.array(slots),
-                np.array(prefixes),
-                paths,
-                np.array(sequences),
-                kept,
-            )
-            logits.append(found[0].clone() if len(rows) > CHUNK else found[0])
-            best.append(found[1])
-        if len(logits) == 1:
-            return logits[0], best[0]
+            logits, best = self._native.run(self.cache, rows[at : at + CHUNK], kept, shift)
+            found.append((logits.clone(), best))
         order = sorted(range(len(keep)), key=lambda i: keep[i] // CHUNK)  # stable: the rows of a call as they stand
         back = torch.tensor(order).argsort()
-        return torch.cat(logits)[back], torch.cat(best)[back]
+        return torch.cat([logits for logits, _ in found])[back], torch.cat([best for _, best in found])[back]
 
 
 def native_of(model: Any) -> Native:
@@ -214,21 +218,40 @@ def _proven(model: Any) -> Native | NoProgramError:
         return NoProgramError(reason)
     try:
         with torch.inference_mode(False), torch.no_grad():
-            native = Native(program_of(model, text_config(model)))
-            off = _difference(native, model)
-    except NoProgramError as error:
-        return error
-    if not off <= BOUND[native.made.dtype]:
-        return NoProgramError(f"its logits differ from the program's by {off:.1%}")
-    return native
+            off = float("inf")
+            for pairs in (False, True):
+                native = Native(_made(model, pairs))
+                off = min(off, _difference(native, model))
+                if off <= BOUND[native.made.dtype]:
+                    return native
+    except (NoProgramError, AttributeError) as error:
+        return NoProgramError(str(error))
+    return NoProgramError(f"its logits differ from the program's by {off:.1%}")
+
+
+def _made(model: Any, pairs: bool = False) -> Made:
+    """The program of a model, with the slots that a cache of it has; `pairs` as for `read`."""
+    config = text_config(model)
+    cache = TreeCache(config, 1, 8)
+    if cache.stateful or any(not hasattr(layer, "slots") for layer in cache.layers):
+        raise NoProgramError("it has layers that keep more than keys and values")
+    slots = [layer.slots for layer in cache.layers]
+    chunked = any(span.chunked for span in cache.kinds.values())
+    windows = [-(one.window or 0) if chunked else one.window or 0 for one in slots]
+    return read(model, config, [cache.all_slots.index(one) for one in slots], windows, pairs)
 
 
 def _difference(native: Native, model: Any) -> float:
-    """How far the logits of a few tokens are from the model's own."""
-    steps = NativeSteps(native, model, SAMPLE + 8, 1, str(text_config(model)._attn_implementation), 8)
-    ids = [(7 * i + 3) % native.made.vocabulary for i in range(SAMPLE)]
-    if any(slots.window is not None for slots in steps.cache.all_slots):
-        raise NoProgramError("it has layers with a window")
-    ours = steps._run(list(steps._rows_in(ids, 0)), range(SAMPLE))[0].double()
+    """How far the logits of some tokens are from the model's own, past every window that is not too long for that."""
+    windows = [slots.window for slots in TreeCache(text_config(model), 1, 8).all_slots if slots.window]
+    length = max([SAMPLE, *(window + SAMPLE for window in windows if window <= LONGEST)])
+    ids = [(7 * i + 3) % native.made.vocabulary for i in range(length)]
+    steps = NativeSteps(native, model, length + 8, 1, str(text_config(model)._attn_implementation), SAMPLE)
+    ours = []
+    for token in range(0, length, SAMPLE):
+        part = ids[token : token + SAMPLE]
+        steps.cache.make_room(len(part))
+        ours.append(steps._run(list(steps._rows_in(part, 0)), range(len(part)))[0].clone())
+        steps.commit([range(len(part))])
     wanted = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].double()
-    return float((ours - wanted).norm() / wanted.norm())
+    return float((torch.cat(ours).double() - wanted).norm() / wanted.norm())
