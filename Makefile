@@ -10,12 +10,12 @@ OLDEST = 5.16.0
 
 .PHONY: demo test test-oldest test-install lint format
 
-.venv/.installed: pyproject.toml constraints.txt setup.py src/lookahead_decoding/native/step.c
+.venv/.installed: pyproject.toml constraints.txt setup.py $(wildcard src/lookahead_decoding/native/*.[ch])
 	$(PYTHON) -m venv .venv
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-.demo/.installed: pyproject.toml constraints.txt setup.py $(shell find src -name "*.py" -o -name "*.c")
+.demo/.installed: pyproject.toml constraints.txt setup.py $(shell find src -name "*.py" -o -name "*.[ch]")
 	@echo 'Installing the package, PyTorch for CPUs and transformers into .demo; some minutes, and about 1 GB.'
 	$(PYTHON) -m venv .demo
 	.demo/bin/python -m pip install --disable-pip-version-check --no-warn-conflicts -c constraints.txt $(TORCH) .

@@ -6,7 +6,8 @@ from setuptools import Extension, setup
 # own, and both would spin. So the compiler is told of OpenMP and the linker is not.
 STEP = Extension(
     "lookahead_decoding.native._step",
-    ["src/lookahead_decoding/native/step.c"],
+    [f"src/lookahead_decoding/native/{name}.c" for name in ("step", "avx512_bf16", "avx512", "avx2")],
+    depends=[f"src/lookahead_decoding/native/{name}.h" for name in ("step", "operations", "vector512", "vector256")],
     extra_compile_args=["-O3", "-fopenmp"],
     optional=True,
 )

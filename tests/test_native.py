@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import lookahead_decoding as ld
+from lookahead_decoding.native import library as native_library
 from lookahead_decoding.native import steps as native_steps
 from lookahead_decoding.native.library import why_no_library
 from lookahead_decoding.native.program import NoProgramError
@@ -87,6 +88,25 @@ def test_the_program_computes_what_the_model_computes(name: str) -> None:
     assert (ours - wanted).norm() <= 2e-5 * wanted.norm()
     ours, wanted, exact = found[torch.bfloat16]  # nearer to the numbers of the same weights in float32
     assert (ours - exact).norm() <= 1.25 * (wanted - exact).norm()
+
+
+@pytest.mark.parametrize("kind", range(1, 4))
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_every_set_of_instructions_computes_the_same(name: str, kind: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind > native_library.kind():
+        pytest.skip("this processor has no such instructions")
+    monkeypatch.setattr(native_steps, "kind", lambda: kind)
+    ids = prompt_of(13)
+    for dtype in DTYPES:
+        model = family(name, dtype)
+        with torch.no_grad():
+            wanted = model(ids).logits[0].float()
+        steps = NativeSteps(native_of(model), model, 80, 1, "sdpa", 40)
+        rows = list(steps._rows_in(ids[0].tolist(), 0))
+        together = steps._run(rows, range(13))[0].clone()
+        assert (together - wanted).norm() <= (2e-5 if dtype == torch.float32 else 0.1) * wanted.norm()
+        alone = torch.cat([steps._run([row], [0])[0].clone() for row in rows])
+        assert torch.equal(alone, together)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

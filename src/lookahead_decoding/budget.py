@@ -25,6 +25,9 @@ SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 192,
 KEPT = 9
 """Times remembered per size."""
 
+SEEDED = 4
+"""Times that a size is taken to have had where it was timed before the first step; later steps push them out."""
+
 EVERY_STEP, SOMETIMES, FORGOTTEN = 64, 8, 256
 """Steps after each of which times are looked at; how often after that; and for how long a size is remembered."""
 
@@ -101,6 +104,15 @@ class StepTimes:
             points[i] = points[i][0], min(points[i][1], points[i + 1][1])
         self._points = points
         self._table = {}
+
+    def begin(self, times: Iterable[tuple[int, float]]) -> None:
+        """Steps that were timed before the first one: as if each had been seen a few times."""
+        for rows, time in times:
+            for _ in range(SEEDED):
+                self.add(rows, time)
+                if rows == 1:
+                    self._plain.append((1, time))
+        self._conclude()
 
     def add_plain(self, time: float) -> None:
         """A plain step, for which nothing was learned or planned, took so long."""

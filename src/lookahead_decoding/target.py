@@ -18,7 +18,7 @@ from .config import COMPILE, LookaheadConfig, LookaheadWarning
 from .evaluate import device_of, text_config, unwrapped
 from .memory import memory_of
 from .native.program import NoProgramError
-from .native.steps import Native, NativeSteps, native_of
+from .native.steps import Native, NativeSteps, native_of, step_seconds
 from .probe import Steps, Strategy, probe
 from .rope import switch_of
 from .rows import Lockstep, RowSteps
@@ -216,6 +216,8 @@ class Target:
         key = self.strategy, len(self.lengths), self.how, self.model.dtype, device, torch.get_num_threads()
         if key not in known:
             known[key] = StepTimes(profile.load(self.machine) or (), self.steps.sizes)
+            if isinstance(self.steps, NativeSteps) and not known[key].fixed:
+                known[key].begin(step_seconds(self.steps.native, self.model))
         return known[key]
 
     @property

@@ -111,11 +111,18 @@ def library() -> ctypes.CDLL | None:
             found = ctypes.CDLL(str(path))
         except OSError:
             continue
-        found.lookahead_step.argtypes = [POINTER(Program), POINTER(Step)]
+        found.lookahead_step.argtypes = [POINTER(Program), POINTER(Step), c_int32]
         found.lookahead_large_pages.argtypes = [c_void_p, c_int64]
         if found.lookahead_able():
             return found
     return None
+
+
+@functools.cache
+def kind() -> int:
+    """Which code runs a step: 3 with AVX-512 and its products of bfloat16, 2 with AVX-512, 1 with AVX2."""
+    code = library()
+    return 0 if code is None else int(code.lookahead_able())
 
 
 def why_no_library() -> str:

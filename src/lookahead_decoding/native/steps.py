@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from ..cache import TreeCache
 from ..evaluate import text_config
+from ..graphs import state_of
 from ..memory import memory_of
 from ..packed import version_of
 from ..rope import frequencies_change
@@ -18,7 +20,7 @@ from ..sampler import StepLogits
 from ..sources import RANKS
 from ..tree import TokenTree
 from ..trees import TreeSteps
-from .library import Step, library, pointer, why_no_library
+from .library import Step, kind, library, pointer, why_no_library
 from .program import Made, NoProgramError
 from .recipes import read
 
@@ -27,6 +29,12 @@ CHUNK = 192
 
 BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 """How far a program's logits may be from the model's own, as a share of their size."""
+
+TIMED = (1, 4, 8, 12, 16, 32, 64)
+"""Rows of the steps that are timed before a model's first answer."""
+
+TIMED_AT = 128
+"""Tokens of context there."""
 
 SAMPLE = 24
 """Tokens on which they are compared."""
@@ -52,14 +60,13 @@ class Native:
 
     def __init__(self, made: Made) -> None:
         self.made = made
-        self._threads = torch.get_num_threads()
         heads = (made.heads + 2 * made.key_heads) * made.size
         self._residual = torch.empty(CHUNK, made.hidden)
         self._heads = torch.empty(CHUNK, max(heads, made.hidden))
-        self._attended = torch.empty(CHUNK, made.heads * made.size, dtype=made.dtype)
-        self._inner = torch.empty(CHUNK, made.inner, dtype=made.dtype)
-        self._normed = torch.empty(self._threads, CHUNK * made.hidden + 32, dtype=made.dtype)
-        self._scores = torch.empty(self._threads, 0)
+        self._attended = torch.empty(CHUNK, made.heads * made.size)  # or half of that, in bfloat16
+        self._inner = torch.empty(CHUNK, made.inner)
+        self._normed = torch.empty(0, CHUNK * made.hidden + 32)  # of each thread
+        self._scores = torch.empty(0, 0)
         self._next = np.zeros(8 * len(made.ops), dtype=np.int64)
         self._program = made.program()
         self._logits = torch.empty(0)
@@ -79,9 +86,9 @@ class Native:
             Logits (len(keep), vocab) in float32, and the best tokens of these rows, best first, behind the very best
             one, (len(keep), 1 + RANKS).
         """
-        made, threads = self.made, self._threads
+        threads = torch.get_num_threads()
         ids, positions, prefixes, paths, sequences = zip(*rows, strict=True)
-        self._make_room(max(positions) + shift + 1, cache.capacity, len(keep))
+        self._make_room(max(positions) + shift + 1, cache.capacity, len(keep), threads)
         logits, found = self._logits[: len(keep)], np.zeros((len(keep), RANKS), dtype=np.int32)
         starts = np.cumsum([0, *map(len, paths)])
         flat = [node for path in paths for node in path]
@@ -102,20 +109,22 @@ class Native:
         step.scores, step.normed = pointer(self._scores), pointer(self._normed)
         step.attended, step.inner = pointer(self._attended), pointer(self._inner)
         step.scores_of_a_thread = 4 * self._scores.shape[1]
-        step.normed_of_a_thread = made.dtype.itemsize * self._normed.shape[1]
+        step.normed_of_a_thread = 4 * self._normed.shape[1]
         step.found, step.next = pointer(found), pointer(self._next)
         code = library()
         assert code is not None
-        code.lookahead_step(ctypes.byref(self._program), ctypes.byref(step))
+        code.lookahead_step(ctypes.byref(self._program), ctypes.byref(step), kind())
         best = torch.from_numpy(found)
         return logits, torch.cat([best[:, :1], best], 1)
 
-    def _make_room(self, positions: int, capacity: int, kept: int) -> None:
+    def _make_room(self, positions: int, capacity: int, kept: int, threads: int) -> None:
         """See that there are angles, scores and logits for so many."""
         if self.made.tables and (not self._angles or len(self._angles[0][0]) < positions):
             self._angles = [table(max(512, 2 * positions)) for table in self.made.tables]
-        if self._scores.shape[1] < QUERIES * (capacity + 32):
-            self._scores = torch.empty(self._threads, QUERIES * (capacity + 32))
+        if len(self._normed) < threads:
+            self._normed = torch.empty(threads, self._normed.shape[1])
+        if len(self._scores) < threads or self._scores.shape[1] < QUERIES * (capacity + 32):
+            self._scores = torch.empty(threads, QUERIES * (capacity + 32))
         if len(self._logits) < kept:
             self._logits = torch.empty(kept, self.made.vocabulary)
 
@@ -132,7 +141,7 @@ class NativeSteps(TreeSteps):
     def __init__(self, native: Native, model: Any, capacity: int, batch: int, attention: str, room: int) -> None:
         super().__init__(model, capacity, batch, attention, "off", room)
         self.how = "native"
-        self._native = native
+        self.native = native
         made = native.made
         like = torch.empty(0, made.key_heads, 0, made.size, dtype=made.dtype)
         for layer in self.cache.layers:
@@ -156,7 +165,7 @@ class NativeSteps(TreeSteps):
 
     def _prefill(self, parts: Sequence[Sequence[int]], keep: list[int]) -> torch.Tensor:
         """Logits of the rows in `keep`, (batch, len(keep), vocab)."""
-        found = torch.zeros(len(parts), len(keep), self._native.made.vocabulary)
+        found = torch.zeros(len(parts), len(keep), self.native.made.vocabulary)
         self.cache.make_room(max(map(len, parts)))
         for b, part in enumerate(parts):
             if part:  # of its own, only the last row is asked for
@@ -181,11 +190,11 @@ class NativeSteps(TreeSteps):
         """As `Native.run`, in as many calls as it takes; no row sees one of a later call."""
         shift = int(self._shifts[0])
         if len(rows) <= CHUNK:
-            return self._native.run(self.cache, rows, keep, shift)
+            return self.native.run(self.cache, rows, keep, shift)
         found = []
         for at in range(0, len(rows), CHUNK):
             kept = [row - at for row in keep if at <= row < at + CHUNK]
-            logits, best = self._native.run(self.cache, rows[at : at + CHUNK], kept, shift)
+            logits, best = self.native.run(self.cache, rows[at : at + CHUNK], kept, shift)
             found.append((logits.clone(), best))
         order = sorted(range(len(keep)), key=lambda i: keep[i] // CHUNK)  # stable: the rows of a call as they stand
         back = torch.tensor(order).argsort()
@@ -199,7 +208,7 @@ def native_of(model: Any) -> Native:
         NoProgramError: it has none; the message says why.
     """
     made = memory_of(model).made
-    state = version_of(model), model.training, tuple(m for m in model.modules() if "forward" in vars(m))
+    state = version_of(model), state_of(model)
     if "native" not in made or made["native"][0] != state:
         made.pop("native", None)
         made["native"] = state, _proven(model)
@@ -209,9 +218,28 @@ def native_of(model: Any) -> Native:
     return found
 
 
+def step_seconds(native: Native, model: Any) -> list[tuple[int, float]]:
+    """Rows and seconds of a step, measured, in increasing order of rows: the least of a few."""
+    steps = NativeSteps(native, model, TIMED_AT + TIMED[-1], 1, str(text_config(model)._attn_implementation), TIMED[-1])
+    steps.cache.lengths[0] = min(TIMED_AT, steps.cache.chunk)
+    for slots in steps.cache.all_slots:
+        slots.make_room(0)
+    found = []
+    for rows in TIMED:
+        tree, times = TokenTree((1,) * rows, (-1, *range(rows - 1))), []
+        for _ in range(3):
+            start = perf_counter()
+            steps.forward([tree])
+            times.append(perf_counter() - start)
+        found.append((rows, min(times)))
+    return found
+
+
 def _proven(model: Any) -> Native | NoProgramError:
     """A program whose logits are those of the model, up to rounding."""
     reason = why_no_library()
+    if not reason and any(type(p) is not torch.nn.Parameter or p.device.type != "cpu" for p in model.parameters()):
+        reason = "its weights are not plain ones on the CPU"
     if not reason and frequencies_change(model):
         reason = "its rotary frequencies change with the length of the text"
     if reason:
