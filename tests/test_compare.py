@@ -113,7 +113,7 @@ def test_verify_says_bug_and_exits_with_1(
     assert stop.value.code == 1
     out = capsys.readouterr().out
     assert "prompt 1: differs after" in out
-    assert out.rstrip().endswith("identical 0/1 in float32")
+    assert out.rstrip().endswith("identical to model.generate 0/1 in float32")
 
 
 @pytest.mark.parametrize("prompt", ["def fibonacci(n):\n", "import os\nimport sys\n\n\ndef main():\n"])

@@ -1,7 +1,8 @@
 """Comparison with plain decoding: is the output the same, and if not, is that a bug?
 
-The contract is in docs/exactness.md. Only the first divergence counts, by its margin: how far apart plain decoding's
-two best tokens were. When sampling, that is the margin of log p - log q, q being the exponential noise of the draw.
+The contract is in docs/exactness.md. Where steps are row-invariant, plain decoding by the same steps must have the same
+tokens. Otherwise only the first divergence counts, by its margin: how far apart plain decoding's two best tokens were.
+When sampling, that is the margin of log p - log q, q being the exponential noise of the draw.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from .config import PLAIN
 from .hf import LookaheadDecoding, generate
 
 NEAR_TIE = 1e-4
@@ -52,6 +54,11 @@ def compare(
         None where the outputs are identical.
     """
     plain, ours = _both(model, input_ids, decoding, seed, kwargs)
+    if decoding.stats.row_invariant:
+        own = _by_the_same_steps(model, input_ids, decoding, seed, kwargs)
+        if own != ours:
+            parted = (i for i, (a, b) in enumerate(zip(own, ours, strict=False)) if a != b)
+            return Divergence(next(parted, min(len(own), len(ours))), 0.0, 0.0, False)
     if plain == ours:
         return None
     pairs = zip(plain, ours, strict=False)
@@ -67,6 +74,18 @@ def compare(
         return Divergence(position, margin, NEAR_TIE, margin < NEAR_TIE and first == second)
     bound = 2 * _teacher_forced_difference(model, input_ids, seed, kwargs)
     return Divergence(position, margin, bound, margin <= bound)
+
+
+def _by_the_same_steps(
+    model: PreTrainedModel, ids: torch.Tensor, decoding: LookaheadDecoding, seed: int, kwargs: dict[str, Any]
+) -> list[int]:
+    """The tokens of plain decoding, whose steps run as those of `decoding`."""
+    plain = LookaheadDecoding(PLAIN, compile=decoding.compile, parallel=decoding.parallel)
+    torch.manual_seed(seed)
+    out = generate(model, ids, attention_mask=torch.ones_like(ids), lookahead=plain, **kwargs)
+    assert isinstance(out, torch.Tensor)
+    tokens: list[int] = out[0, ids.shape[1] :].tolist()
+    return tokens
 
 
 def _dtype(model: PreTrainedModel) -> torch.dtype:

@@ -32,6 +32,8 @@ class Stats:
         sources: drafts by the name of their source: "suffix" (of prompt and output), "recycled", "window", "shared",
             "own", and "pool" (n-grams of prompt and output with the paper's).
         seconds: time in prefill and in each part of a step, by name.
+        row_invariant: a row's logits did not depend on the rows beside it, so the tokens are those of plain decoding by
+            the same steps, in any dtype.
         ranks: that shared the steps.
         shared_seconds: time in all steps as the ranks agree on it, that of the slowest in each; None for a single one.
         communication_seconds: of these, in which data was on its way; waiting for the slowest rank is left out.
@@ -52,6 +54,7 @@ class Stats:
     refeeds: int = 0
     sources: dict[str, SourceCount] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("prefill", *PHASES), 0.0))
+    row_invariant: bool = False
     ranks: int = 1
     shared_seconds: float | None = None
     communication_seconds: float = 0.0

@@ -145,6 +145,11 @@ class Target:
         return self.steps.how
 
     @property
+    def row_invariant(self) -> bool:
+        """Whether a row's logits do not depend on the rows beside it, bit by bit."""
+        return isinstance(self.steps, NativeSteps)
+
+    @property
     def cache(self) -> Cache:
         """Keys and values."""
         return self.steps.cache
@@ -233,6 +238,7 @@ class Target:
     def report(self, stats: Stats) -> None:
         """Say what decoding cannot see of the steps so far."""
         stats.refeeds = self.refeeds
+        stats.row_invariant = self.row_invariant
 
     @property
     def capacity(self) -> int:

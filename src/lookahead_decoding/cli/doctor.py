@@ -244,6 +244,9 @@ def _report(
         "threads": torch.get_num_threads(),
         "dtype": way.dtype,
         "steps_run": RUNS[place.how],
+        "row_invariant": "yes: the tokens of plain decoding"
+        if place.row_invariant
+        else "no: near-ties may fall otherwise",
         "checked_as": place.strategy.name,
         "attention": _attention(place),
         "profile": "saved by `lookahead tune`"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..cache import TreeCache
-from ..evaluate import text_config
+from ..evaluate import as_written, text_config
 from ..graphs import state_of
 from ..memory import memory_of
 from ..packed import version_of
@@ -207,6 +207,8 @@ def native_of(model: Any) -> Native:
     Raises:
         NoProgramError: it has none; the message says why.
     """
+    if any(type(p) is not torch.nn.Parameter or p.device.type != "cpu" for p in model.parameters()):
+        raise NoProgramError("its weights are not plain ones on the CPU")
     made = memory_of(model).made
     state = version_of(model), state_of(model)
     if "native" not in made or made["native"][0] != state:
@@ -238,14 +240,12 @@ def step_seconds(native: Native, model: Any) -> list[tuple[int, float]]:
 def _proven(model: Any) -> Native | NoProgramError:
     """A program whose logits are those of the model, up to rounding."""
     reason = why_no_library()
-    if not reason and any(type(p) is not torch.nn.Parameter or p.device.type != "cpu" for p in model.parameters()):
-        reason = "its weights are not plain ones on the CPU"
     if not reason and frequencies_change(model):
         reason = "its rotary frequencies change with the length of the text"
     if reason:
         return NoProgramError(reason)
     try:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), as_written(model):
             off = float("inf")
             for pairs in (False, True):
                 native = Native(_made(model, pairs))
