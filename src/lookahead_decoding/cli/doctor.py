@@ -137,6 +137,7 @@ def _ways(
     import torch
 
     from ..packed import copied_bytes, why_not
+    from ..target import Target
     from ..trees import PACKED_UNASKED, best_way
 
     models = [model]
@@ -153,6 +154,8 @@ def _ways(
                 kinds = [best_way(one)]
                 if not why_not(one) and copied_bytes(one) <= PACKED_UNASKED:
                     kinds = ["off", "packed"]
+                if Target(one, 8).how == "native":
+                    kinds = ["native", kinds[-1]]
             of_dtype = str(one.dtype).removeprefix("torch.")
             ways = [_timed(Way(of_dtype, kind, one), jobs[0]) for kind in kinds]
             found.append(min(ways, key=lambda way: way.seconds))
@@ -360,8 +363,9 @@ def advise(
     import torch
 
     from ..bench.step import limits
+    from ..native.steps import why_no_native
     from ..packed import copied_bytes, why_not
-    from ..trees import PACKED_UNASKED
+    from ..trees import PACKED_UNASKED, not_unasked
 
     advice = []
     cost = times[8] / times[1]
@@ -375,6 +379,13 @@ def advise(
             f"a step that feeds 8 tokens takes {cost:.1f} times as long as one that feeds 1: this device has little "
             "idle arithmetic, so few are guessed"
         )
+    if model.device.type == "cpu" and target.how in ("off", "packed") and target.strategy.name == "tree":
+        reason = why_no_native(model)
+        if reason:
+            advice.append(f"a native step would be faster, and this model has none: {reason}")
+        elif not_unasked(model):
+            size = sum(p.nbytes for p in model.parameters()) / 2**30
+            advice.append(f"--compile native makes a step faster; its copy of the weights takes {size:.1f} GiB")
     size = 0 if why_not(model) else copied_bytes(model)
     if target.how == "off" and size > PACKED_UNASKED:  # a smaller copy was compared
         advice.append(f"--compile packed may make a step faster; its copy of the weights takes {size / 2**30:.1f} GiB")

@@ -96,8 +96,11 @@ def load(
 def _slow_in_bfloat16(model: PreTrainedModel) -> bool:
     import torch
 
+    from ..native.library import why_no_library
+
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return model.device.type == "cpu" and model.dtype == torch.bfloat16 and bool(supported and not supported())
+    plain = model.device.type == "cpu" and model.dtype == torch.bfloat16 and bool(why_no_library())
+    return plain and bool(supported and not supported())
 
 
 def _looks_local(name: str) -> bool:

@@ -220,6 +220,15 @@ def native_of(model: Any) -> Native:
     return found
 
 
+def why_no_native(model: Any) -> str:
+    """Why a model's steps do not run as native code; empty if they can."""
+    try:
+        native_of(model)
+    except NoProgramError as error:
+        return str(error)
+    return ""
+
+
 def step_seconds(native: Native, model: Any) -> list[tuple[int, float]]:
     """Rows and seconds of a step, measured, in increasing order of rows: the least of a few."""
     steps = NativeSteps(native, model, TIMED_AT + TIMED[-1], 1, str(text_config(model)._attn_implementation), TIMED[-1])
