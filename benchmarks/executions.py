@@ -70,8 +70,8 @@ def main() -> None:
     def answer(name: str, ids: torch.Tensor) -> tuple[list[int], float, ld.Stats | None]:
         options: dict[str, Any] = {"max_new_tokens": args.tokens, "do_sample": False, "pad_token_id": 0}
         options["attention_mask"] = torch.ones_like(ids)
-        config, compile = METHODS[name]
-        decoding = None if config is None else ld.LookaheadDecoding(config, compile=compile)
+        config, execution = METHODS[name]
+        decoding = None if config is None else ld.LookaheadDecoding(config, execution=execution)
         start = time.perf_counter()
         out = (
             model.generate(ids, **options)

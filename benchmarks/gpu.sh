@@ -47,7 +47,7 @@ B)
     stage step-7b 70 step --shape Llama-2-7B --rows 1,16,64,128
     stage long 60 step --contexts 32768 --rows 1,64
     stage smol 40 step --shape SmolLM2-135M --rows 1,16,64
-    stage full 150 step --mode full --rows 1,64
+    stage full 150 step --mode compiled --rows 1,64
     if [ "$("$python" -c 'import torch; print(torch.cuda.device_count())')" -gt 1 ]; then ranks; fi
     ;;
 dry)

@@ -53,7 +53,7 @@ def phases(rows: int, tokens: int) -> dict[str, float]:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     ids = AutoTokenizer.from_pretrained(path)(PROMPT, return_tensors="pt").input_ids
     config = ld.LookaheadConfig(max_rows=rows, step_times=((1, 1.0),))  # rows cost nothing, so all are filled
-    decoding = ld.LookaheadDecoding(config, compile="graphs")
+    decoding = ld.LookaheadDecoding(config, execution="captured")
     found: dict[str, list[float]] = {}
     for _ in range(6):
         clock.seconds = 0.0

@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--trees", default="default", help=f"Of {', '.join(TREES)}.")
     parser.add_argument("--temperatures", default="0,0.8")
-    parser.add_argument("--compile", default="auto")
+    parser.add_argument("--execution", default="auto")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     path = ld.pocket_path() if args.model == "pocket" else args.model
@@ -63,7 +63,7 @@ def main() -> None:
             options["attention_mask"] = torch.ones_like(ids)
             plain = None
             for name in ("plain", *args.trees.split(",")):
-                decoding = ld.LookaheadDecoding(TREES.get(name, ld.PLAIN), seed=7, compile=args.compile)
+                decoding = ld.LookaheadDecoding(TREES.get(name, ld.PLAIN), seed=7, execution=args.execution)
                 out = ld.generate(model, ids, lookahead=decoding, **options)[0].tolist()
                 invariant = invariant and decoding.stats.row_invariant
                 if plain is None:

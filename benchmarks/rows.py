@@ -72,7 +72,7 @@ def run(
     limit = len(prompt) + len(text)
     target = ld.Target(model, limit + 128)
     if paths:  # a window of 4 columns and two rows has five paths of its own
-        target.steps = RowSteps(model, limit + 128, paths + 5 * window, 64, refed=refed, compile=target.how)
+        target.steps = RowSteps(model, limit + 128, paths + 5 * window, 64, refed=refed, execution=target.execution)
     ids = torch.tensor([list(prompt)])
     processor = Replay([*prompt, *text])
     request = ld.Request(tuple(prompt), ld.Sampler(ids, limit, processors=[processor]), limit)

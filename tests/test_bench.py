@@ -20,7 +20,7 @@ from lookahead_decoding.stats import Stats
 from test_exactness import prompt_of
 
 Tiny = Callable[..., torch.nn.Module]
-ABOUT = About("lookahead bench m", "m", "p.jsonl", "greedy", "off", "a cpu", 2)
+ABOUT = About("lookahead bench m", "m", "p.jsonl", "greedy", "eager", "a cpu", 2)
 
 SMALL = ld.LookaheadConfig.paper(3, 3, 3, ("window", "prompt", "output"))
 

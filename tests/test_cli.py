@@ -184,14 +184,14 @@ def test_the_doctor_recommends_what_was_fastest(monkeypatch, capsys) -> None:
 
     monkeypatch.setattr(doctor, "_race", race)
     both = ("float32", "bfloat16")
-    monkeypatch.setattr(doctor, "_ways", lambda name, model, *a: [Way(dtype, "off", model, 0.01) for dtype in both])
+    monkeypatch.setattr(doctor, "_ways", lambda name, model, *a: [Way(dtype, "eager", model, 0.01) for dtype in both])
     said = json.loads(run(capsys, monkeypatch, "doctor", "pocket", "--threads", "2", "--dtype", "float32", "--json")[1])
     assert (said["dtype"], said["best_plain"]) == ("float32", "autoregressive@bfloat16 off")
     assert said["expected_speedup"] == 1.17
-    assert said["command"] == "lookahead generate pocket --dtype float32 --compile off --threads 2 -p 'your prompt'"
+    assert said["command"] == "lookahead generate pocket --dtype float32 --execution eager --threads 2 -p 'your prompt'"
     speeds |= {"autoregressive@bfloat16 off": 20}
     said = json.loads(run(capsys, monkeypatch, "doctor", "pocket", "--dtype", "float32", "--json")[1])
-    assert said["command"] == "lookahead generate pocket --dtype bfloat16 --compile off --plain -p 'your prompt'"
+    assert said["command"] == "lookahead generate pocket --dtype bfloat16 --execution eager --plain -p 'your prompt'"
     assert "ld.PLAIN" in said["python"]
 
 

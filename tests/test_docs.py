@@ -55,7 +55,7 @@ def test_the_gpus_chapter_is_what_the_command_makes(tmp_path: Path) -> None:
         {"stage": "env", "card": "A card"},
         {"stage": "env", "read_tb_per_s": 2.0},
         {"stage": "step", "shape": "Llama-3-8B", "weights_gb": 16.0},
-        {"stage": "step", "shape": "Llama-3-8B", "context": 1024, "rows": 1, "mode": "graphs", "captured_ms": 10.0},
+        {"stage": "step", "shape": "Llama-3-8B", "context": 1024, "rows": 1, "mode": "captured", "captured_ms": 10.0},
         {"stage": "tiny", "identical": [True, True]},
         {"stage": "tiny", "identical": [True, False]},
         {"stage": "answers", "warm_up": False, "method": "lookahead", "tokens_per_s": 90.0},

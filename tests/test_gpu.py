@@ -20,7 +20,7 @@ Tiny = Callable[..., torch.nn.Module]
 COMPILED = ("llama", "gemma2", "qwen3")
 
 
-def answers_are_the_same(model: torch.nn.Module, compile: str, length: int = 40) -> list[str]:
+def answers_are_the_same(model: torch.nn.Module, execution: str, length: int = 40) -> list[str]:
     """Hold greedy and sampled answers against `generate`; returns what was warned of."""
     ids = prompt_of(9).to("cuda")
     with warnings.catch_warnings(record=True) as said:
@@ -32,7 +32,7 @@ def answers_are_the_same(model: torch.nn.Module, compile: str, length: int = 40)
             for config in (CONFIGS["plain"], CONFIGS["15/5/15"], ld.LookaheadConfig(step_times=((1, 1.0),))):
                 for _ in range(2):  # the second time with what was captured
                     propose = right_and_wrong(plain) if config is CONFIGS["15/5/15"] else None
-                    decoding = ld.LookaheadDecoding(config, propose=propose, compile=compile)
+                    decoding = ld.LookaheadDecoding(config, propose=propose, execution=execution)
                     torch.manual_seed(1)
                     assert ld.generate(model, ids, lookahead=decoding, **options)[0].tolist() == plain
     return [str(one.message) for one in said if one.category is LookaheadWarning]
@@ -40,7 +40,7 @@ def answers_are_the_same(model: torch.nn.Module, compile: str, length: int = 40)
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_eager_steps_are_exact(name: str, tiny: Tiny) -> None:
-    answers_are_the_same(copy.deepcopy(tiny(name)).to("cuda"), "off")
+    answers_are_the_same(copy.deepcopy(tiny(name)).to("cuda"), "eager")
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -51,7 +51,7 @@ def test_the_default_is_exact_and_says_where_it_captures_nothing(name: str, tiny
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_steps_are_exact(name: str, tiny: Tiny) -> None:
-    said = answers_are_the_same(copy.deepcopy(tiny(name)).to("cuda"), "full", length=20)
+    said = answers_are_the_same(copy.deepcopy(tiny(name)).to("cuda"), "compiled", length=20)
     assert not any("could not be compiled" in line for line in said), said
 
 

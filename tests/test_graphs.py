@@ -55,7 +55,7 @@ def test_compiled_steps_are_exact(name: str, tiny: Tiny, accepted: Accepted) -> 
         plain = model.generate(ids, **options)[0].tolist()
         for config in (CONFIGS["plain"], CONFIGS["15/5/15"], WINDOW_ALONE):
             propose = right_and_wrong(plain) if config is WINDOW_ALONE else None
-            decoding = ld.LookaheadDecoding(config, propose=propose, compile="full")
+            decoding = ld.LookaheadDecoding(config, propose=propose, execution="compiled")
             torch.manual_seed(1)
             assert ld.generate(model, ids, lookahead=decoding, **options)[0].tolist() == plain
     assert graphs() == before + 2  # one of a single row and one of any number
@@ -70,7 +70,7 @@ def test_a_compiled_batch_is_exact(tiny: Tiny) -> None:
     stop = tiny().generate(ids, eos_token_id=None, **options)[0, 14].item()  # ends the first sequence early
     plain = tiny().generate(ids, eos_token_id=stop, **options)
     assert 0 in plain[0, 15:]
-    decoding = ld.LookaheadDecoding(CONFIGS["4/3/3"], compile="full")
+    decoding = ld.LookaheadDecoding(CONFIGS["4/3/3"], execution="compiled")
     assert ld.generate(tiny(), ids, eos_token_id=stop, lookahead=decoding, **options).tolist() == plain.tolist()
     assert graphs() > before
 
@@ -81,7 +81,7 @@ def test_other_lengths_and_widths_do_not_compile_again(name: str, tiny: Tiny) ->
     model, counts = tiny(name), [graphs()]
     first = [(5, 20, "plain"), (5, 20, "4/3/3")]
     for length, new, config in [*first, (30, 50, "15/5/15"), (60, 30, "text only"), (9, 60, "4/3/3")]:
-        decoding = ld.LookaheadDecoding(CONFIGS[config], compile="full")
+        decoding = ld.LookaheadDecoding(CONFIGS[config], execution="compiled")
         ld.generate(model, prompt_of(length), max_new_tokens=new, eos_token_id=None, lookahead=decoding, **GREEDY)
         counts.append(graphs())
     assert counts == [counts[0] + n for n in (0, 1, 2, 2, 2, 2)]
@@ -91,8 +91,8 @@ def test_other_lengths_and_widths_do_not_compile_again(name: str, tiny: Tiny) ->
 def test_packed_weights_follow_the_model(tiny: Tiny) -> None:
     ids = prompt_of(6)
 
-    def logits(model: torch.nn.Module, compile: str) -> torch.Tensor:
-        target = ld.Target(model, 40, compile=compile)
+    def logits(model: torch.nn.Module, execution: str) -> torch.Tensor:
+        target = ld.Target(model, 40, execution=execution)
         target.prefill([ids[0].tolist()])
         target.commit([[0]])
         return target.forward([ld.build_tree(5, candidates=[(6, 7)])]).logits.float()
@@ -100,12 +100,12 @@ def test_packed_weights_follow_the_model(tiny: Tiny) -> None:
     first = tiny(dtype=torch.bfloat16, hidden_size=64)
     other = tiny(dtype=torch.bfloat16, hidden_size=64, initializer_range=0.4)  # of the same shapes
     for model in (first, other, first):
-        plain, compiled = logits(model, "off"), logits(model, "full")
+        plain, compiled = logits(model, "eager"), logits(model, "compiled")
         assert (compiled - plain).norm() / plain.norm() < 0.05  # those of the other model differ by 0.6
         assert not torch.equal(compiled, plain)  # other products, so the packed ones did run
     with torch.no_grad():
         first.lm_head.weight.neg_()
-    assert (logits(first, "full") + compiled).norm() / compiled.norm() < 0.02
+    assert (logits(first, "compiled") + compiled).norm() / compiled.norm() < 0.02
 
 
 @needs_compiler
@@ -125,13 +125,13 @@ def test_a_compiler_that_fails_costs_one_warning(monkeypatch: pytest.MonkeyPatch
 
 def test_what_cannot_be_compiled_says_so(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lookahead_decoding.trees.kernel_found", lambda: False)
-    with pytest.raises(ValueError, match=r"compile='graphs' cannot be: Triton.*Leave it out"):
-        ld.Target(tiny(), 20, compile="graphs")
+    with pytest.raises(ValueError, match=r"execution='captured' cannot be: Triton.*Leave it out"):
+        ld.Target(tiny(), 20, execution="captured")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="captured on a GPU only"):
-        ld.Target(tiny(), 20, compile="graphs")
-    with pytest.raises(ValueError, match="compile must be one of"):
-        ld.Target(tiny(), 20, compile="fast")
+        ld.Target(tiny(), 20, execution="captured")
+    with pytest.raises(ValueError, match="execution must be one of"):
+        ld.Target(tiny(), 20, execution="fast")
 
 
 def test_rows_are_padded_to_a_few_sizes() -> None:
@@ -142,11 +142,11 @@ def test_captured_caches_do_not_pile_up(tiny: Tiny) -> None:
     pytest.importorskip("triton")
     model = tiny(hidden_size=64)
     for capacity in (20, 600, 1200):
-        ld.Target(model, capacity, compile="graphs")
+        ld.Target(model, capacity, execution="captured")
     kept = memory_of(model).free
     assert [room.cache.capacity for room in kept] == [1536]
     for batch in range(2, 9):
-        ld.Target(model, 20, batch, compile="graphs")
+        ld.Target(model, 20, batch, execution="captured")
     assert [len(room.cache.lengths) for room in kept] == [5, 6, 7, 8]
 
 
@@ -154,7 +154,7 @@ def test_closing_gives_back_what_was_kept_and_the_next_call_makes_it_anew(tiny: 
     pytest.importorskip("triton")
     model, ids = copy.deepcopy(tiny()), prompt_of(6)
     options = {"max_new_tokens": 5, "eos_token_id": None, **GREEDY}
-    decoding = ld.LookaheadDecoding(ld.PLAIN, compile="graphs")
+    decoding = ld.LookaheadDecoding(ld.PLAIN, execution="captured")
     first = ld.generate(model, ids, lookahead=decoding, **options)
     assert memory_of(model).free
     decoding.close()
@@ -164,11 +164,11 @@ def test_closing_gives_back_what_was_kept_and_the_next_call_makes_it_anew(tiny: 
 
 def test_the_budget_proposes_captured_sizes(tiny: Tiny) -> None:
     pytest.importorskip("triton")
-    target = ld.Target(copy.deepcopy(tiny()), 200, compile="graphs")
+    target = ld.Target(copy.deepcopy(tiny()), 200, execution="captured")
     times = target.step_times(ld.LookaheadConfig(step_times=((1, 1.0), (64, 2.0))))
     assert times.sizes == SIZES
     assert times(2) == times(16) < times(17) == times(64)
-    assert ld.Target(tiny(), 200, compile="off").step_times(ld.LookaheadConfig()).sizes != SIZES
+    assert ld.Target(tiny(), 200, execution="eager").step_times(ld.LookaheadConfig()).sizes != SIZES
 
 
 def test_steps_of_fixed_shape(tiny: Tiny) -> None:
@@ -178,7 +178,9 @@ def test_steps_of_fixed_shape(tiny: Tiny) -> None:
     options = {"max_new_tokens": 6, "eos_token_id": None, **GREEDY}
     plain = model.generate(ids, **options)[0].tolist()
     small = ld.LookaheadConfig.paper(1, 3, 0)  # a few rows: the interpreter is slow
-    decoding = ld.LookaheadDecoding(small, propose=lambda text: [plain[len(text) : len(text) + 2]], compile="graphs")
+    decoding = ld.LookaheadDecoding(
+        small, propose=lambda text: [plain[len(text) : len(text) + 2]], execution="captured"
+    )
     for _ in range(2):  # the second time with the cache of the first
         assert ld.generate(model, ids, lookahead=decoding, **options)[0].tolist() == plain
 
@@ -187,7 +189,7 @@ def test_steps_of_fixed_shape(tiny: Tiny) -> None:
 def test_a_captured_step_compiles_without_a_break(tiny: Tiny) -> None:
     pytest.importorskip("triton")
     model = copy.deepcopy(tiny())
-    room = room_for(model, 64, 1, "full", 16)
+    room = room_for(model, 64, 1, "compiled", 16)
     torch._dynamo.utils.counters.clear()
     ids, rows = np.zeros((1, 16), dtype=np.int64), encode_rows([TokenTree((1, 2), (-1, 0))], [0], 16)
     with torch.no_grad():
@@ -252,7 +254,7 @@ def test_a_replayed_step_does_what_was_recorded(name: str, tiny: Tiny, tape: Tap
     plain = model.generate(ids, **options)[0].tolist()
     small = ld.LookaheadConfig.paper(1, 3, 0)
     for _ in range(2):
-        decoding = ld.LookaheadDecoding(small, propose=lambda t: [plain[len(t) : len(t) + 2]], compile="graphs")
+        decoding = ld.LookaheadDecoding(small, propose=lambda t: [plain[len(t) : len(t) + 2]], execution="captured")
         assert ld.generate(model, ids, lookahead=decoding, **options)[0].tolist() == plain
     assert tape.recorded <= 2  # a step of one row, and one of several
     assert tape.replayed > tape.recorded
@@ -272,7 +274,7 @@ def test_a_step_that_cannot_be_captured_runs_as_it_is(tiny: Tiny, monkeypatch: p
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", LookaheadWarning)
         for _ in range(2):
-            decoding = ld.LookaheadDecoding(ld.PLAIN, compile="graphs")
+            decoding = ld.LookaheadDecoding(ld.PLAIN, execution="captured")
             assert ld.generate(model, ids, lookahead=decoding, **options)[0].tolist() == plain
     ours = [str(one.message) for one in said if one.category is LookaheadWarning]
     assert ours == [
@@ -289,7 +291,7 @@ def test_what_was_captured_in_another_state_of_the_model_is_not_replayed(tiny: T
 
     def both() -> list[int]:
         plain = model.generate(input_ids=prompt_of(6), **options)[0].tolist()
-        decoding = ld.LookaheadDecoding(ld.PLAIN, compile="graphs")
+        decoding = ld.LookaheadDecoding(ld.PLAIN, execution="captured")
         assert ld.generate(model, prompt_of(6), lookahead=decoding, **options)[0].tolist() == plain
         return plain
 
@@ -307,7 +309,7 @@ def test_a_request_in_inference_mode_leaves_buffers_that_others_can_use(tiny: Ti
     plain = model.generate(ids, **options)[0].tolist()
     for mode in (True, False):
         with torch.inference_mode(mode):
-            decoding = ld.LookaheadDecoding(ld.PLAIN, compile="graphs")
+            decoding = ld.LookaheadDecoding(ld.PLAIN, execution="captured")
             assert ld.generate(model, ids, lookahead=decoding, **options)[0].tolist() == plain
     assert tape.recorded == 1
 
@@ -316,5 +318,7 @@ def test_frequencies_that_change_with_the_length_are_not_captured(tiny: Tiny) ->
     pytest.importorskip("triton")
     model = copy.deepcopy(tiny())
     model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    with pytest.raises(ValueError, match="compile='graphs' cannot be: its rotary frequencies change with the length"):
-        ld.Target(model, 20, compile="graphs")
+    with pytest.raises(
+        ValueError, match="execution='captured' cannot be: its rotary frequencies change with the length"
+    ):
+        ld.Target(model, 20, execution="captured")

@@ -507,7 +507,7 @@ def test_a_token_outside_of_the_vocabulary_is_named_in_every_way_in(tiny: Tiny) 
         ({"tokenizer": "x"}, "tokenizer must be a tokenizer"),
         ({"propose": 3}, "propose must be a function"),
         ({"parallel": 2}, r"parallel must be what ld.parallel\(\) gives"),
-        ({"compile": True}, "compile must be one of auto"),
+        ({"execution": True}, "execution must be one of auto"),
         ({"seed": "3"}, r"seed must be an integer from 0 to 2\*\*63 - 1, got '3'"),
         ({"seed": 2**70}, "seed must be an integer from 0"),
         ({"seeds": [True]}, "seeds must be integers, one per sequence"),

@@ -115,9 +115,9 @@ def test_answers_of_every_family_are_exact(name: str) -> None:
     for dtype in DTYPES:
         model = family(name, dtype)
         options = {"max_new_tokens": 40, "eos_token_id": None, **GREEDY}
-        plain = ld.generate(model, ids, lookahead=ld.LookaheadDecoding(ld.PLAIN, compile="native"), **options)
+        plain = ld.generate(model, ids, lookahead=ld.LookaheadDecoding(ld.PLAIN, execution="native"), **options)
         config = ld.LookaheadConfig(step_times=((1, 1.0),), max_rows=12)
-        decoding = ld.LookaheadDecoding(config, compile="native")
+        decoding = ld.LookaheadDecoding(config, execution="native")
         assert ld.generate(model, ids, lookahead=decoding, **options).tolist() == plain.tolist()
         if dtype == torch.float32:
             assert model.generate(ids, **options).tolist() == plain.tolist()
@@ -130,8 +130,8 @@ def test_answers_are_those_of_plain_decoding(config: ld.LookaheadConfig, dtype: 
     for mode in (GREEDY, SAMPLED):
         options = {"max_new_tokens": 60, "eos_token_id": None, **mode}
         torch.manual_seed(1)
-        plain = ld.generate(model, ids, lookahead=ld.LookaheadDecoding(ld.PLAIN, compile="native"), **options)
-        decoding = ld.LookaheadDecoding(config, compile="native")
+        plain = ld.generate(model, ids, lookahead=ld.LookaheadDecoding(ld.PLAIN, execution="native"), **options)
+        decoding = ld.LookaheadDecoding(config, execution="native")
         torch.manual_seed(1)
         assert ld.generate(model, ids, lookahead=decoding, **options).tolist() == plain.tolist()
         assert decoding.stats.rows_per_step > 2
@@ -192,11 +192,11 @@ def test_a_batch_is_each_of_its_sequences_alone(tiny: Tiny) -> None:
     model = tiny("llama", torch.bfloat16, **WIDE)
     ids, mask = batch_of((9, 1, 5))
     options = {"max_new_tokens": 40, "eos_token_id": None, **GREEDY}
-    decoding = ld.LookaheadDecoding(ld.LookaheadConfig(step_times=((1, 1.0),), max_rows=9), compile="native")
+    decoding = ld.LookaheadDecoding(ld.LookaheadConfig(step_times=((1, 1.0),), max_rows=9), execution="native")
     together = ld.generate(model, ids, attention_mask=mask, lookahead=decoding, **options)
     for row, (line, seen) in enumerate(zip(ids, mask, strict=True)):
         alone = line[seen.bool()][None]
-        plain = ld.LookaheadDecoding(ld.PLAIN, compile="native")
+        plain = ld.LookaheadDecoding(ld.PLAIN, execution="native")
         out = ld.generate(model, alone, lookahead=plain, **options)
         assert together[row, -40:].tolist() == out[0, -40:].tolist()
 
@@ -228,13 +228,13 @@ def test_what_has_no_program_says_why_and_runs_as_before(tiny: Tiny) -> None:
     experts = tiny("mixtral", **WIDE)
     with pytest.raises(NoProgramError, match=r"has experts|has gate"):
         native_of(experts)
-    with pytest.raises(ValueError, match=r"compile='native' cannot be: .*Leave it out"):
-        ld.Target(tiny("gpt2"), 20, compile="native")
-    assert ld.Target(experts, 20).how != "native"
-    assert ld.Target(tiny("llama", **WIDE), 20).how == "native"
+    with pytest.raises(ValueError, match=r"execution='native' cannot be: .*Leave it out"):
+        ld.Target(tiny("gpt2"), 20, execution="native")
+    assert ld.Target(experts, 20).execution != "native"
+    assert ld.Target(tiny("llama", **WIDE), 20).execution == "native"
     hooked = copy.deepcopy(tiny("llama", **WIDE))
     hooked.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: 2 * output)
-    assert ld.Target(hooked, 20).how != "native"
+    assert ld.Target(hooked, 20).execution != "native"
 
 
 def test_a_program_that_computes_something_else_is_not_used(tiny: Tiny) -> None:
@@ -248,5 +248,5 @@ def test_pocket_answers_as_generate_does() -> None:
     model = AutoModelForCausalLM.from_pretrained(ld.pocket_path(), dtype=torch.float32)
     ids = AutoTokenizer.from_pretrained(ld.pocket_path())("def fibonacci(n):\n", return_tensors="pt").input_ids
     options = {"max_new_tokens": 100, **GREEDY}
-    decoding = ld.LookaheadDecoding(compile="native")
+    decoding = ld.LookaheadDecoding(execution="native")
     assert ld.generate(model, ids, lookahead=decoding, **options).tolist() == model.generate(ids, **options).tolist()

@@ -29,8 +29,8 @@ def able(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def logits(model: torch.nn.Module, compile: str) -> torch.Tensor:
-    target = ld.Target(model, 40, compile=compile)
+def logits(model: torch.nn.Module, execution: str) -> torch.Tensor:
+    target = ld.Target(model, 40, execution=execution)
     target.prefill([[3, 4, 5]])
     target.commit([[0]])
     return target.forward([TREE]).logits.float()
@@ -47,7 +47,7 @@ def test_packed_steps_are_exact(name: str, mode: dict[str, object], tiny: Tiny, 
     options = {"max_new_tokens": 60, "eos_token_id": None, **mode}
     torch.manual_seed(1)
     plain = model.generate(ids, **options)[0].tolist()
-    decoding = ld.LookaheadDecoding(WINDOW_ALONE, propose=right_and_wrong(plain), compile="packed")
+    decoding = ld.LookaheadDecoding(WINDOW_ALONE, propose=right_and_wrong(plain), execution="packed")
     torch.manual_seed(1)
     assert ld.generate(model, ids, lookahead=decoding, **options)[0].tolist() == plain
     assert accepted.kinds == {"full", "partial", "none"}
@@ -58,7 +58,7 @@ def test_a_packed_batch_is_exact(tiny: Tiny) -> None:
     ids, mask = batch_of((9, 1, 5))
     options = {"max_new_tokens": 40, "pad_token_id": 0, "attention_mask": mask, "eos_token_id": None, **GREEDY}
     plain = model.generate(ids, **options)
-    decoding = ld.LookaheadDecoding(ld.LookaheadConfig(step_times=FREE), compile="packed")
+    decoding = ld.LookaheadDecoding(ld.LookaheadConfig(step_times=FREE), execution="packed")
     assert torch.equal(ld.generate(model, ids, lookahead=decoding, **options), plain)
     assert decoding.stats.rows_per_step > packed.LEAST_ROWS
 
@@ -118,7 +118,7 @@ def test_products(dtype: torch.dtype, rows: int) -> None:
 def test_the_copies_follow_the_model(dtype: torch.dtype, tiny: Tiny) -> None:
     model = able(tiny(dtype=dtype, hidden_size=64))
     before = logits(model, "packed")
-    assert apart(before, logits(model, "off")) < 8 * torch.finfo(dtype).eps
+    assert apart(before, logits(model, "eager")) < 8 * torch.finfo(dtype).eps
     with torch.no_grad():
         model.lm_head.weight.neg_()
     assert apart(-before, logits(model, "packed")) == 0
@@ -128,16 +128,16 @@ def test_the_copies_follow_the_model(dtype: torch.dtype, tiny: Tiny) -> None:
 
 def test_where_nobody_says_how_a_step_runs(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     model = able(tiny(dtype=torch.bfloat16))
-    assert ld.Target(model, 20).how == "packed"
+    assert ld.Target(model, 20).execution == "packed"
     monkeypatch.setattr("lookahead_decoding.trees.PACKED_UNASKED", packed.copied_bytes(model) - 1)
-    assert ld.Target(model, 20).how == "off"
-    assert ld.Target(model, 20, compile="packed").how == "packed"
-    assert ld.Target(tiny(dtype=torch.float64), 20).how == "off"
+    assert ld.Target(model, 20).execution == "eager"
+    assert ld.Target(model, 20, execution="packed").execution == "packed"
+    assert ld.Target(tiny(dtype=torch.float64), 20).execution == "eager"
 
 
 def test_what_cannot_be_packed_says_so(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"compile='packed' cannot be: .* in float32 and bfloat16\. Leave it out"):
-        ld.Target(tiny(dtype=torch.float64), 20, compile="packed")
+    with pytest.raises(ValueError, match=r"execution='packed' cannot be: .* in float32 and bfloat16\. Leave it out"):
+        ld.Target(tiny(dtype=torch.float64), 20, execution="packed")
     monkeypatch.setattr(packed, "LEAST_WEIGHTS", 2**19)
     with pytest.raises(ValueError, match="no linear layers that gain by it"):
-        ld.Target(tiny(), 20, compile="packed")
+        ld.Target(tiny(), 20, execution="packed")

@@ -15,15 +15,15 @@ TIMES = [(1, 0.002), (64, 0.003)]
 
 
 def test_a_profile_serves_the_machine_it_was_made_on_and_no_other(tiny: Tiny) -> None:
-    machine = profile.machine_of(tiny(), "off")
+    machine = profile.machine_of(tiny(), "eager")
     assert profile.load(machine) is None
     assert profile.save(machine, TIMES) == machine.path
-    assert profile.load(profile.machine_of(tiny(), "off")) == TIMES
+    assert profile.load(profile.machine_of(tiny(), "eager")) == TIMES
     others = [
-        profile.machine_of(tiny("qwen2"), "off"),
-        profile.machine_of(tiny(dtype=torch.float64), "off"),
-        profile.machine_of(tiny(), "full"),
-        profile.machine_of(tiny(), "off", batch=2),
+        profile.machine_of(tiny("qwen2"), "eager"),
+        profile.machine_of(tiny(dtype=torch.float64), "eager"),
+        profile.machine_of(tiny(), "compiled"),
+        profile.machine_of(tiny(), "eager", batch=2),
         replace(machine, torch="1.0"),
         replace(machine, device="another"),
         replace(machine, threads=99),
@@ -37,7 +37,7 @@ def test_a_profile_serves_the_machine_it_was_made_on_and_no_other(tiny: Tiny) ->
     ids=["empty", "cut", "a list", "no times", "not JSON", "another format"],
 )
 def test_a_profile_that_cannot_be_read_is_none(text: str | None, tiny: Tiny) -> None:
-    machine = profile.machine_of(tiny(), "off")
+    machine = profile.machine_of(tiny(), "eager")
     path = profile.save(machine, TIMES)
     if text is None:
         text = json.dumps(json.loads(path.read_text()) | {"format": 0})
@@ -47,7 +47,7 @@ def test_a_profile_that_cannot_be_read_is_none(text: str | None, tiny: Tiny) -> 
 
 @pytest.mark.parametrize("times", [[], [[1, -1.0]], [[0, 1.0]], [[1, float("nan")]], [[1]], [["x", 1.0]]])
 def test_times_that_cannot_be_are_none(times: list[object], tiny: Tiny) -> None:
-    machine = profile.machine_of(tiny(), "off")
+    machine = profile.machine_of(tiny(), "eager")
     path = profile.save(machine, TIMES)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"times": times}))
     assert profile.load(machine) is None

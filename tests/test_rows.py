@@ -97,8 +97,8 @@ def test_a_window_that_has_no_place_is_refused(name: str) -> None:
     ids = torch.tensor([PROMPT])
     with pytest.raises(ValueError, match=r"window_size=15: a model of type .* has no window"):
         ld.generate(tiny_model(name), ids, max_new_tokens=5, lookahead=ld.LookaheadConfig.paper())
-    with pytest.raises(ValueError, match="compile='full' cannot be"):
-        ld.generate(tiny_model(name), ids, max_new_tokens=5, lookahead=ld.LookaheadDecoding(compile="full"))
+    with pytest.raises(ValueError, match="execution='compiled' cannot be"):
+        ld.generate(tiny_model(name), ids, max_new_tokens=5, lookahead=ld.LookaheadDecoding(execution="compiled"))
 
 
 @pytest.mark.filterwarnings("default:.*doctor")

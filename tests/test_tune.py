@@ -59,7 +59,7 @@ def test_tune_compares_settings_and_saves_the_profile(
         2,
         "-n",
         16,
-        "--compile",
+        "--execution",
         "packed",
         "--json",
         out,
@@ -72,7 +72,7 @@ def test_tune_compares_settings_and_saves_the_profile(
     saved = profile.load(profile.Machine(**written["machine"]))
     assert saved == [(rows, seconds) for rows, seconds in written["seconds"]]
     capsys.readouterr()
-    run(monkeypatch, "doctor", "pocket", "--dtype", "float32", "--compile", "packed", "-n", 16, "--json")
+    run(monkeypatch, "doctor", "pocket", "--dtype", "float32", "--execution", "packed", "-n", 16, "--json")
     facts = json.loads(capsys.readouterr().out)
     assert facts["profile"] == "saved by `lookahead tune`"
     assert facts["mean_acceptance_length"] >= 1.0
@@ -101,14 +101,14 @@ def test_the_fastest_method_is_the_one_to_copy() -> None:
         "lookahead generate",
         "'my model'",
         "--dtype float32",
-        "--compile packed",
+        "--execution packed",
         "--chat",
         "-p 'your prompt'",
     ]
-    assert "decoding = ld.LookaheadDecoding(compile='packed')" in python
+    assert "decoding = ld.LookaheadDecoding(execution='packed')" in python
     command, python = doctor._to_copy("m", way, [], "autoregressive")
     assert "--plain" in command
-    assert "decoding = ld.LookaheadDecoding(ld.PLAIN, compile='packed')" in python
+    assert "decoding = ld.LookaheadDecoding(ld.PLAIN, execution='packed')" in python
     command, python = doctor._to_copy("m", way, [], "hf-greedy")
     assert command == []
     assert python.endswith("ids = model.generate(**inputs, max_new_tokens=128, do_sample=False)")
@@ -127,9 +127,11 @@ def test_a_command_breaks_between_its_words() -> None:
 def test_advice_depends_on_what_was_found() -> None:
     model = torch.nn.Linear(2, 2).to(torch.bfloat16)
     model.dtype, model.device = torch.bfloat16, torch.device("cpu")
-    place = SimpleNamespace(model=model, how="full", strategy=Strategy("tree", OURS))
+    place = SimpleNamespace(model=model, execution="compiled", strategy=Strategy("tree", OURS))
     dear, cheap = {1: 1e-3, 8: 2e-3}, {1: 1e-9, 8: 1e-9}
-    chained = SimpleNamespace(model=model, how="full", strategy=Strategy("chain", "sdpa", reasons=("its own mask",)))
+    chained = SimpleNamespace(
+        model=model, execution="compiled", strategy=Strategy("chain", "sdpa", reasons=("its own mask",))
+    )
     assert doctor.advise(model, chained, cheap, 3.0)[0].endswith("because: its own mask")
     wanted_of = (
         (cheap, 3.0, []),

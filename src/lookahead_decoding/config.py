@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 SOURCES = ("window", "prompt", "output", "recycled", "shared")
 
-COMPILE = ("auto", "off", "packed", "native", "graphs", "full")
+EXECUTIONS = ("auto", "eager", "packed", "native", "captured", "compiled")
 """How a step may run (see `Target`)."""
 
 MAX_ROWS = 64

@@ -80,7 +80,7 @@ def _by_the_same_steps(
     model: PreTrainedModel, ids: torch.Tensor, decoding: LookaheadDecoding, seed: int, kwargs: dict[str, Any]
 ) -> list[int]:
     """The tokens of plain decoding, whose steps run as those of `decoding`."""
-    plain = LookaheadDecoding(PLAIN, compile=decoding.compile, parallel=decoding.parallel)
+    plain = LookaheadDecoding(PLAIN, execution=decoding.execution, parallel=decoding.parallel)
     torch.manual_seed(seed)
     out = generate(model, ids, attention_mask=torch.ones_like(ids), lookahead=plain, **kwargs)
     assert isinstance(out, torch.Tensor)

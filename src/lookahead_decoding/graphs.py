@@ -69,7 +69,7 @@ class Compiled:
         import torch._inductor.config  # takes a second, which plain use need not pay
 
         if not hasattr(torch._dynamo.config, "recompile_limit"):  # where transformers' own wrappers do not compile
-            raise ValueError(f"compile='full' needs torch 2.7 or later, and this is {torch.__version__}")
+            raise ValueError(f"execution='compiled' needs torch 2.7 or later, and this is {torch.__version__}")
         self._compiled: Callable[..., torch.Tensor] | None = torch.compile(function, dynamic=dynamic)
 
     def __call__(self, *args: Any) -> torch.Tensor:
@@ -197,7 +197,7 @@ class StepGraphs:
     Args:
         forward: evaluates a step; reads nothing but its arguments and memory that stays where it is.
         device: of the model. Only a CUDA device captures; elsewhere a step of fixed shape just runs.
-        compile: compile `forward` with torch.compile first. A compiler that fails costs one warning, and the step is
+        execution: compile `forward` with torch.compile first. A compiler that fails costs one warning, and the step is
             captured as it is.
         around: what `forward` runs inside of; nothing of it is replayed.
     """
@@ -206,12 +206,12 @@ class StepGraphs:
         self,
         forward: Forward,
         device: torch.device,
-        compile: bool,
+        execution: bool,
         around: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._around = around
-        self._forward = Compiled(forward, dynamic=False) if compile else forward
-        self._fuses = not compile  # a compiler does by itself
+        self._forward = Compiled(forward, dynamic=False) if execution else forward
+        self._fuses = not execution  # a compiler does by itself
         self._device = device
         self._recorder = recorder_for(device)
         self._steps: dict[tuple[int, int], _Step] = {}

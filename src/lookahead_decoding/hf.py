@@ -36,7 +36,7 @@ from transformers.generation.logits_process import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
-from .config import COMPILE, LookaheadConfig
+from .config import EXECUTIONS, LookaheadConfig
 from .decoding import Request, decode
 from .evaluate import CACHE_NAMES, cache_in, cache_name, text_config, unwrapped
 from .following import refuse_what_cannot_follow, state_of
@@ -232,7 +232,7 @@ class LookaheadDecoding:
         propose: a further source of candidates: the text so far (token ids, prompt included) to draft tokens.
         shared: a namespace of a `SharedPool`: candidates come from what its earlier requests have left, and what this
             one answers joins it once it is finished.
-        compile: how a step runs, "auto", "off", "packed", "native", "graphs" or "full" (see `Target`).
+        execution: how a step runs, "auto", "eager", "packed", "native", "captured" or "compiled" (see `Target`).
         parallel: the ranks that share every step, as `ld.parallel()` gives them.
 
     Attributes:
@@ -251,7 +251,7 @@ class LookaheadDecoding:
         seed: int | None = None,
         propose: Propose | None = None,
         shared: Namespace | None = None,
-        compile: str = "auto",
+        execution: str = "auto",
         parallel: Ranks | None = None,
     ) -> None:
         if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
@@ -260,8 +260,8 @@ class LookaheadDecoding:
             raise TypeError(f"propose must be a function of the text's tokens, got {type(propose).__name__}")
         if parallel is not None and not isinstance(parallel, Ranks):
             raise TypeError(f"parallel must be what ld.parallel() gives, got {type(parallel).__name__}")
-        if compile not in COMPILE:
-            raise ValueError(f"compile must be one of {', '.join(COMPILE)}, got {compile!r}")
+        if execution not in EXECUTIONS:
+            raise ValueError(f"execution must be one of {', '.join(EXECUTIONS)}, got {execution!r}")
         if config is not None and not isinstance(config, LookaheadConfig):
             raise TypeError(f"config must be a LookaheadConfig, got {type(config).__name__}")
         if stop_strings is not None and tokenizer is None:
@@ -276,7 +276,7 @@ class LookaheadDecoding:
         self.seed = None if seed is None else _seed(seed, "seed must be an integer")
         self.propose = propose
         self.shared = _shared(shared, self.config)
-        self.compile = compile
+        self.execution = execution
         self.parallel = parallel
         self.stats = Stats()
         self.finish_reasons: list[str] = []
@@ -372,7 +372,7 @@ class LookaheadDecoding:
         longest = before + max(r.limit - r.cached for r in requests)
         rows_of_tree = max_rows(self.config, own_source=self.propose is not None)
         capacity = longest + rows_of_tree
-        size = {"capacity": capacity, "batch": len(requests), "compile": self.compile, "max_rows": rows_of_tree}
+        size = {"capacity": capacity, "batch": len(requests), "execution": self.execution, "max_rows": rows_of_tree}
         target = Target(model, **size) if self.parallel is None else ShardedTarget(model, **size, ranks=self.parallel)
         target.check_length(before + max(len(r.prompt) - r.cached for r in requests), longest)
         if before:
@@ -474,7 +474,7 @@ def generate(
         seed=base.seed if seeds is None and seed is None else seed,
         propose=base.propose,
         shared=base.shared,
-        compile=base.compile,
+        execution=base.execution,
         parallel=base.parallel,
     )
     decoding.stop_strings = base.stop_strings
@@ -681,7 +681,7 @@ def _agree(
             "stop_strings": decoding.stop_strings,
             "further sources": [n for n in ("propose", "shared") if getattr(decoding, n) is not None],
             "seeds": (decoding.seed, decoding.seeds),
-            "compile": decoding.compile,
+            "execution": decoding.execution,
             "inputs": {name: zlib.crc32(repr(state_of(value)).encode()) for name, value in inputs.items()},
         }
     )

@@ -128,7 +128,7 @@ def _search(model: PreTrainedModel) -> Strategy | str:
         for attention, cached_heads in ((own, False),) if uncapped else ((OURS, False), (OURS, True), (own, False)):
 
             def trees(attention: str = attention, cached_heads: bool = cached_heads) -> TreeSteps:
-                return TreeSteps(model, _capacity(model), 1, attention, "off", 64, cached_heads)
+                return TreeSteps(model, _capacity(model), 1, attention, "eager", 64, cached_heads)
 
             reason = _try(model, trees)
             if not reason:

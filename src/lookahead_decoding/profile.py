@@ -34,7 +34,7 @@ class Machine:
         dtype: as torch names it.
         device: its type, and the processor's name.
         threads: of torch, on a CPU.
-        how: the step runs, as `Target` takes it.
+        execution: how the step runs, as `Target` takes it.
         batch: sequences of a step.
     """
 
@@ -42,7 +42,7 @@ class Machine:
     dtype: str
     device: str
     threads: int
-    how: str
+    execution: str
     batch: int
     version: str = __version__
     torch: str = torch.__version__
@@ -55,7 +55,7 @@ class Machine:
         return Path(platformdirs.user_cache_dir("lookahead-decoding", appauthor=False)) / "profiles" / f"{name}.json"
 
 
-def machine_of(model: Any, how: str, batch: int = 1) -> Machine:
+def machine_of(model: Any, execution: str, batch: int = 1) -> Machine:
     """The machine that a model runs on, with the model itself."""
     shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
     config = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_")}
@@ -65,7 +65,7 @@ def machine_of(model: Any, how: str, batch: int = 1) -> Machine:
         dtype=str(model.dtype).removeprefix("torch."),
         device=f"{model.device.type}: {device_name(model.device)}",
         threads=torch.get_num_threads(),
-        how=how,
+        execution=execution,
         batch=batch,
     )
 

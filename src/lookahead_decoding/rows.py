@@ -54,7 +54,7 @@ class RowSteps:
         room: nodes of the longest path and tokens fed again, for layers with a window.
         refed: accepted tokens that are fed again ahead of a step's own, at most.
         copies: all layers are transformers' own, and copied like states.
-        compile: how a step runs, "off" or "packed".
+        execution: how a step runs, "eager" or "packed".
 
     Attributes:
         lengths: committed tokens of the sequence.
@@ -72,11 +72,11 @@ class RowSteps:
         room: int,
         refed: int = REFED,
         copies: bool = False,
-        compile: str = "off",
+        execution: str = "eager",
     ) -> None:
         self.model = model
-        self.how = compile
-        self._weights = packed_weights(model) if compile == "packed" else nullcontext()
+        self.execution = execution
+        self._weights = packed_weights(model) if execution == "packed" else nullcontext()
         self.config = text_config(model)
         self.attention = self.config._attn_implementation
         self.cache = TreeCache(self.config, paths, capacity, room + refed, copies, cache_name(model.forward))
@@ -215,7 +215,7 @@ class RowSteps:
 class Lockstep:
     """Plain steps of a batch, left-padded and with transformers' own cache, as `generate` makes them."""
 
-    how = "off"
+    execution = "eager"
     sizes: tuple[int, ...] = ()
 
     def __init__(self, model: PreTrainedModel, capacity: int, batch: int) -> None:

@@ -85,12 +85,12 @@ class ShardedTarget(Target):
         model: PreTrainedModel,
         capacity: int,
         batch: int = 1,
-        compile: str = "auto",
+        execution: str = "auto",
         max_rows: int = ROOM,
         *,
         ranks: Ranks,
     ) -> None:
-        super().__init__(model, capacity, batch, compile, 2 * max_rows)  # with what may be fed again in front
+        super().__init__(model, capacity, batch, execution, 2 * max_rows)  # with what may be fed again in front
         self.ranks = ranks
         ranks.agree(self._facts(), within=("weights",))
         self._layout = Layout(batch, 1, 1)
@@ -117,7 +117,7 @@ class ShardedTarget(Target):
             "model configuration": _checksum_of(self.model.config),
             "weights": digest_of(self.model),
             "way to check candidates": self.strategy.name,
-            "way to run a step": self.how,
+            "way to run a step": self.execution,
             "batch size": len(self.steps.lengths),
         }
 
@@ -160,7 +160,7 @@ class ShardedTarget(Target):
             self._times = StepTimes(divided(config.fixed_times, shards))
         else:
             known = memory_of(self.model).times
-            key = "divided", shards, self.strategy, len(self.lengths), self.how, self.model.dtype
+            key = "divided", shards, self.strategy, len(self.lengths), self.execution, self.model.dtype
             measured = profile.load(self.machine) or []
             same = {int(n) for n in self.ranks.gather(torch.tensor([zlib.crc32(repr(measured).encode())]))}
             if key not in known:

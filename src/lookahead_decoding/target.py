@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from . import profile
 from .budget import StepTimes
 from .cache import ROOM
-from .config import COMPILE, LookaheadConfig, LookaheadWarning
+from .config import EXECUTIONS, LookaheadConfig, LookaheadWarning
 from .evaluate import device_of, text_config, unwrapped
 from .memory import memory_of
 from .native.program import NoProgramError
@@ -40,14 +40,18 @@ class Target:
         model: what `AutoModelForCausalLM.from_pretrained` gives.
         capacity: slots per sequence: the longest length one can reach, plus the rows of the largest tree.
         batch: sequences.
-        compile: how a step runs. "off": as the model is. "packed": as the model is, with a second copy of the weights
-            of its linear layers that is laid out for few rows, in float32 and bfloat16 on a CPU. "native": as one call
-            of native code, with such a copy of all weights, on a CPU. "graphs":
-            padded to fixed shapes and, on a GPU, captured once per size. "full": compiled with torch.compile, and
-            captured too on a GPU; a CPU takes minutes for it, and in bfloat16 holds a second copy of the weights as
-            well. "auto": "graphs" on a GPU, or "off" with a warning if that cannot be; elsewhere "native" where the
-            model has a program and the copy takes at most 2 GiB, or "packed", or "off". A copy is kept for the model's
-            life, and made anew when the weights have changed; of changes made through `.data`, a sample is looked at.
+        execution: how a step runs.
+            "eager": as the model is.
+            "packed": the same, with a second copy of the weights of its linear layers that is laid out for few rows, in
+            float32 and bfloat16 on a CPU.
+            "native": as one call of native code, with such a copy of all weights, on a CPU.
+            "captured": padded to fixed shapes and, on a GPU, captured once per size.
+            "compiled": compiled with torch.compile, and captured too on a GPU; a CPU takes minutes for it, and in
+            bfloat16 holds a second copy of the weights as well.
+            "auto": on a GPU "captured", or "eager" with a warning if that cannot be; elsewhere "native" where the model
+            has a program and the copy takes at most 2 GiB, or "packed", or "eager".
+            A copy is kept for the model's life, and made anew when the weights have changed; of changes made through
+            `.data`, a sample is looked at.
         max_rows: of a tree, for which layers with a window keep room.
 
     Attributes:
@@ -60,10 +64,10 @@ class Target:
     """
 
     def __init__(
-        self, model: PreTrainedModel, capacity: int, batch: int = 1, compile: str = "auto", max_rows: int = ROOM
+        self, model: PreTrainedModel, capacity: int, batch: int = 1, execution: str = "auto", max_rows: int = ROOM
     ) -> None:
-        if compile not in COMPILE:
-            raise ValueError(f"compile must be one of {', '.join(COMPILE)}, got {compile!r}")
+        if execution not in EXECUTIONS:
+            raise ValueError(f"execution must be one of {', '.join(EXECUTIONS)}, got {execution!r}")
         model = unwrapped(model)
         strategy = probe(model)
         self._set(model, strategy, max_rows)
@@ -74,43 +78,50 @@ class Target:
             kind = model.config.model_type
             warnings.warn(f"{kind}: {strategy.drawback}; `lookahead doctor` says why", LookaheadWarning, stacklevel=2)
         together = strategy.name == "tree" and (strategy.horizon is None or batch == 1)
-        if not together and compile in ("native", "graphs", "full"):
-            raise ValueError(f"compile={compile!r} cannot be: {strategy.drawback}. Leave it out")
-        native = self._native(compile) if together and strategy.horizon is None else None
+        if not together and execution in ("native", "captured", "compiled"):
+            raise ValueError(f"execution={execution!r} cannot be: {strategy.drawback}. Leave it out")
+        native = self._native(execution) if together and strategy.horizon is None else None
         if native is not None:
             self.steps = NativeSteps(native, model, capacity, batch, strategy.attention, max_rows)
             return
-        wanted = best_way(model) if compile == "auto" else compile
+        wanted = best_way(model) if execution == "auto" else execution
         reason = not_ready(model, strategy.attention, wanted) if together or wanted == "packed" else ""
-        if strategy.horizon is not None and wanted in ("graphs", "full"):  # such a step has no path by the model's mask
+        if strategy.horizon is not None and wanted in (
+            "captured",
+            "compiled",
+        ):  # such a step has no path by the model's mask
             reason = reason or strategy.drawback
-        if reason and compile != "auto":
-            raise ValueError(f"compile={compile!r} cannot be: {reason}. Leave it out")
+        if reason and execution != "auto":
+            raise ValueError(f"execution={execution!r} cannot be: {reason}. Leave it out")
         if reason:
             warnings.warn(f"steps run uncompiled: {reason}", LookaheadWarning, stacklevel=2)
-        how = "off" if reason else wanted
+        execution = "eager" if reason else wanted
         if together:
-            self.steps = TreeSteps(model, capacity, batch, strategy.attention, how, max_rows, strategy.cached_heads)
+            self.steps = TreeSteps(
+                model, capacity, batch, strategy.attention, execution, max_rows, strategy.cached_heads
+            )
         elif batch == 1:
-            how = how if how == "packed" else "off"
-            self.steps = RowSteps(model, capacity, strategy.paths or 1, max_rows, copies=strategy.copies, compile=how)
+            execution = execution if execution == "packed" else "eager"
+            self.steps = RowSteps(
+                model, capacity, strategy.paths or 1, max_rows, copies=strategy.copies, execution=execution
+            )
         else:
             self.steps = Lockstep(model, capacity, batch)
 
-    def _native(self, compile: str) -> Native | None:
+    def _native(self, execution: str) -> Native | None:
         """The model's program, where steps are to run as one; None where they are not.
 
         Raises:
             ValueError: that was asked for, and it has none.
         """
-        unasked = compile == "auto" and not_unasked(self.model)
-        if compile not in ("auto", "native") or unasked:
+        unasked = execution == "auto" and not_unasked(self.model)
+        if execution not in ("auto", "native") or unasked:
             return None
         try:
             return native_of(self.model)
         except NoProgramError as error:
-            if compile == "native":
-                raise ValueError(f"compile='native' cannot be: {error}. Leave it out") from error
+            if execution == "native":
+                raise ValueError(f"execution='native' cannot be: {error}. Leave it out") from error
             return None
 
     @classmethod
@@ -122,7 +133,7 @@ class Target:
         model = unwrapped(model)
         attention = attention or str(text_config(model)._attn_implementation)
         target._set(model, Strategy("tree", attention))
-        target.steps = TreeSteps(model, capacity, 1, attention, "packed" if packed else "off", ROOM)
+        target.steps = TreeSteps(model, capacity, 1, attention, "packed" if packed else "eager", ROOM)
         return target
 
     def _set(self, model: PreTrainedModel, strategy: Strategy, max_rows: int = ROOM) -> None:
@@ -140,9 +151,9 @@ class Target:
         return self.strategy.attention
 
     @property
-    def how(self) -> str:
-        """How a step runs; "off" is as the model is."""
-        return self.steps.how
+    def execution(self) -> str:
+        """How a step runs; "eager" is as the model is."""
+        return self.steps.execution
 
     @property
     def row_invariant(self) -> bool:
@@ -218,7 +229,7 @@ class Target:
             return StepTimes(config.fixed_times, self.steps.sizes)
         known = memory_of(self.model).times
         device = device_of(self.model)
-        key = self.strategy, len(self.lengths), self.how, self.model.dtype, device, torch.get_num_threads()
+        key = self.strategy, len(self.lengths), self.execution, self.model.dtype, device, torch.get_num_threads()
         if key not in known:
             known[key] = StepTimes(profile.load(self.machine) or (), self.steps.sizes)
             if isinstance(self.steps, NativeSteps) and not known[key].fixed:
@@ -228,7 +239,7 @@ class Target:
     @property
     def machine(self) -> profile.Machine:
         """What the time of a step depends on, besides its rows."""
-        return profile.machine_of(self.model, self.how, len(self.lengths))
+        return profile.machine_of(self.model, self.execution, len(self.lengths))
 
     @property
     def lengths(self) -> list[int]:

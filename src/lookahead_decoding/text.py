@@ -96,7 +96,7 @@ def stream(
     seed: int | None = None,
     propose: Propose | None = None,
     shared: Namespace | None = None,
-    compile: str = "auto",
+    execution: str = "auto",
     parallel: Ranks | None = None,
     **kwargs: Any,
 ) -> Iterator[StreamStep]:
@@ -113,7 +113,7 @@ def stream(
         lookahead: the sources, and what is fixed.
         seed: for sampling; torch's own generator is used if left out.
         propose, shared: further sources of candidates (see `LookaheadDecoding`).
-        compile: how a step runs (see `Target`).
+        execution: how a step runs (see `Target`).
         parallel: the ranks that share every step; each of them takes the same steps.
         kwargs: what `model.generate` takes, such as `max_new_tokens`, `do_sample` or `stop_strings`.
 
@@ -155,7 +155,7 @@ def stream(
         seed=seed,
         propose=propose,
         shared=shared,
-        compile=compile,
+        execution=execution,
         parallel=parallel,
     )
     input_ids = torch.tensor([ids], device=device_of(model))

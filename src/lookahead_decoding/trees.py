@@ -54,7 +54,7 @@ class TreeSteps:
 
     Args:
         attention: that the model uses in a step, by its name in transformers' registry.
-        compile: how a step runs, one of `config.COMPILE` but "auto".
+        execution: how a step runs, one of `config.EXECUTIONS` but "auto".
         room: rows of the largest tree.
         cached_heads: our attention meets as many key heads as are cached; otherwise as the configuration says.
 
@@ -72,23 +72,23 @@ class TreeSteps:
         capacity: int,
         batch: int,
         attention: str,
-        compile: str,
+        execution: str,
         room: int,
         cached_heads: bool = False,
     ) -> None:
         self.model = model
         self.config = text_config(model)
         self.attention = attention
-        self.how = compile
+        self.execution = execution
         self.captured: Room | None = None
         self._compiled: Compiled | None = None
-        self._weights: AbstractContextManager[None] = packed_weights(model) if compile == "packed" else nullcontext()
-        if compile in ("off", "packed") or (compile == "full" and device_of(model).type != "cuda"):
+        self._weights: AbstractContextManager[None] = packed_weights(model) if execution == "packed" else nullcontext()
+        if execution in ("eager", "packed") or (execution == "compiled" and device_of(model).type != "cuda"):
             self.cache = TreeCache(self.config, batch, capacity, room, name=cache_name(model.forward))
-            if compile == "full":
+            if execution == "compiled":
                 self._compiled = _compiled(model)
         else:  # what was captured for an earlier request serves this one as well
-            self.captured = room_for(model, capacity + ROUND, batch, compile, room)
+            self.captured = room_for(model, capacity + ROUND, batch, execution, room)
             self.cache = self.captured.cache
             self.cache.clear()
             weakref.finalize(self, _keep, memory_of(model).free, self.captured)
@@ -260,13 +260,13 @@ class Room:
 
     cache: TreeCache
     graphs: StepGraphs
-    compile: str
+    execution: str
     state: object
 
     @property
     def kind(self) -> tuple[int, str, object]:
         """Sequences, how it runs, and the state of the model that its graphs were made in."""
-        return len(self.cache.lengths), self.compile, self.state
+        return len(self.cache.lengths), self.execution, self.state
 
 
 def _keep(free: list[Room], room: Room) -> None:
@@ -275,10 +275,10 @@ def _keep(free: list[Room], room: Room) -> None:
     del free[:-KEPT]
 
 
-def room_for(model: PreTrainedModel, capacity: int, batch: int, compile: str, rows: int) -> Room:
+def room_for(model: PreTrainedModel, capacity: int, batch: int, execution: str, rows: int) -> Room:
     """A free room that is large enough, or a new one, which smaller ones then make way for."""
     free = memory_of(model).free
-    kind = (batch, compile, state_of(model))
+    kind = (batch, execution, state_of(model))
     for room in free:
         if room.kind == kind and room.cache.capacity >= capacity and room.cache.room >= padded(rows):
             free.remove(room)
@@ -300,7 +300,7 @@ def room_for(model: PreTrainedModel, capacity: int, batch: int, compile: str, ro
         return evaluate(model, cache, ids, positions, dict(zip(kinds, rows, strict=True)), keep, indices)
 
     around = functools.partial(attention_in_force, config, OURS)
-    return Room(cache, StepGraphs(forward, device_of(model), compile == "full", around), compile, kind[2])
+    return Room(cache, StepGraphs(forward, device_of(model), execution == "compiled", around), execution, kind[2])
 
 
 def _compiled(model: PreTrainedModel) -> Compiled:
@@ -330,8 +330,8 @@ def packed_weights(model: PreTrainedModel) -> PackedLinears:
 def best_way(model: PreTrainedModel) -> str:
     """How a step runs where nobody says so."""
     if device_of(model).type == "cuda":
-        return "graphs"
-    return "off" if why_not(model) or copied_bytes(model) > PACKED_UNASKED else "packed"
+        return "captured"
+    return "eager" if why_not(model) or copied_bytes(model) > PACKED_UNASKED else "packed"
 
 
 def not_unasked(model: PreTrainedModel) -> bool:
@@ -339,11 +339,11 @@ def not_unasked(model: PreTrainedModel) -> bool:
     return int(sum(p.nbytes for p in model.parameters())) > PACKED_UNASKED
 
 
-def not_ready(model: PreTrainedModel, attention: str, compile: str) -> str:
+def not_ready(model: PreTrainedModel, attention: str, execution: str) -> str:
     """Why a step cannot be compiled or captured; empty if it can, or need not."""
-    if compile == "off":
+    if execution == "eager":
         return ""
-    if compile == "packed":
+    if execution == "packed":
         return why_not(model)
     if attention != OURS:
         return "the model takes no attention but its own"
@@ -352,13 +352,13 @@ def not_ready(model: PreTrainedModel, attention: str, compile: str) -> str:
     if len({p.device for p in model.parameters()}) > 1 or model.device.type == "meta":
         return "its weights are on several devices, or loaded when they are needed"
     device = device_of(model).type
-    if (compile == "graphs" or device == "cuda") and frequencies_change(model):
+    if (execution == "captured" or device == "cuda") and frequencies_change(model):
         return "its rotary frequencies change with the length of the text, which its forward reads back"
     if device not in ("cpu", "cuda"):
         return f"a device of type {device!r} is not supported"
-    if compile == "graphs" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    if execution == "captured" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "steps are captured on a GPU only"
-    if not kernel_found() and (compile == "graphs" or device == "cuda"):
+    if not kernel_found() and (execution == "captured" or device == "cuda"):
         return "Triton, which the attention kernel is written in, is not installed"
     return ""
 

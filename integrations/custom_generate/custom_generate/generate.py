@@ -18,12 +18,12 @@ def generate(
     verification_set_size: int | None = None,
     sources: tuple[str, ...] = SOURCES,
     max_rows: int | None = None,
-    compile: str = "auto",
+    execution: str = "auto",
     **kwargs: Any,
 ) -> Any:
     """`model.generate` with lookahead decoding: everything else is passed on."""
     config = lookahead or ld.LookaheadConfig(window_size, ngram_size, verification_set_size, sources, max_rows)
-    decoding = ld.LookaheadDecoding(config, compile=compile)
+    decoding = ld.LookaheadDecoding(config, execution=execution)
     named = inspect.signature(model.generate).parameters  # transformers fills in those that the caller left out
     return ld.generate(
         model, lookahead=decoding, **{k: v for k, v in kwargs.items() if v is not None or k not in named}

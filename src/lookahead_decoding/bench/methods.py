@@ -73,14 +73,14 @@ def make(
     dtype: str,
     model: PreTrainedModel,
     config: LookaheadConfig,
-    compile: str = "auto",
+    execution: str = "auto",
     ranks: Ranks | None = None,
 ) -> Method:
     """A method by its name.
 
     Args:
         config: of "lookahead", and of "paper" where it is the paper's algorithm.
-        compile: of our methods, as `Target` takes it; with "full" hf-static is compiled on a CPU as well, which
+        execution: of our methods, as `Target` takes it; with "compiled" hf-static is compiled on a CPU as well, which
             transformers leaves out by default.
         ranks: for "parallel", which is "lookahead" with every step shared by them. If they divide the model as well,
             all of ours run on all of them.
@@ -93,7 +93,7 @@ def make(
     def ours(settings: LookaheadConfig, shared: bool = divided) -> Callable[..., tuple[torch.Tensor, Stats | None]]:
         def run(ids: torch.Tensor, **options: Any) -> tuple[torch.Tensor, Stats | None]:
             seeds = options.pop("seeds", None)
-            decoding = LookaheadDecoding(settings, seeds=seeds, compile=compile, parallel=ranks if shared else None)
+            decoding = LookaheadDecoding(settings, seeds=seeds, execution=execution, parallel=ranks if shared else None)
             out = generate(model, ids, lookahead=decoding, **options)
             return out, decoding.stats
 
@@ -108,7 +108,7 @@ def make(
         return run
 
     static: dict[str, Any] = {"cache_implementation": "static"}
-    if compile == "full" and model.device.type == "cpu":
+    if execution == "compiled" and model.device.type == "cpu":
         static["compile_config"] = CompileConfig(mode="default")
         static["compile_config"]._compile_all_devices = True
     runs = {

@@ -86,7 +86,7 @@ class About:
     model: str
     prompts: str
     mode: str
-    compile: str
+    execution: str
     device: str
     threads: int
     torch: str = torch.__version__

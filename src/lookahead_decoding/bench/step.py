@@ -110,7 +110,7 @@ def limits(model: PreTrainedModel) -> Limits:
 
 def cache_bytes(model: PreTrainedModel, capacity: int = 300) -> tuple[int, int]:
     """Bytes that the keys and values of a request hold, and those that its capacity in tokens needs."""
-    target = Target(model, capacity, compile="off")  # a captured cache is larger, since it serves later requests
+    target = Target(model, capacity, execution="eager")  # a captured cache is larger, since it serves later requests
     target.prefill([[7, 7]])
     attending = [layer for layer in target.cache.layers if getattr(layer, "keys", None) is not None]
     needed = sum(b[:1, :, :1].nbytes for layer in attending for b in (layer.keys, layer.values))
@@ -122,21 +122,21 @@ def step_times(
     rows: Sequence[int] = ROWS,
     contexts: Sequence[int] = CONTEXTS,
     repeats: int = 15,
-    compile: str = "auto",
+    execution: str = "auto",
 ) -> Iterator[StepTime]:
     """t(n): the time of a step by rows, at several contexts.
 
     Args:
         contexts: committed tokens; they may pass the model's trained context, which does not matter for time.
-        compile: of our step, as `Target` takes it.
+        execution: of our step, as `Target` takes it.
     """
     for context in contexts:
         capacity = context + max(rows)
-        ours = Target(model, capacity, compile=compile)
+        ours = Target(model, capacity, execution=execution)
         paths = ours.strategy.paths
         targets = [ours]
         if paths is None:
-            targets.append(Target.with_attention(model, capacity, packed=ours.how == "packed"))
+            targets.append(Target.with_attention(model, capacity, packed=ours.execution == "packed"))
         for target in targets:
             for first in range(0, context, 512):
                 target.prefill([[7] * min(512, context - first)])

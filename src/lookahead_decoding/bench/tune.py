@@ -67,14 +67,14 @@ class Trial:
 
 
 def forward_times(
-    model: PreTrainedModel, sizes: Sequence[int], compile: str, context: int = 256, repeats: int = 9
+    model: PreTrainedModel, sizes: Sequence[int], execution: str, context: int = 256, repeats: int = 9
 ) -> Iterator[list[tuple[int, float]]]:
     """Seconds of a forward by rows, sizes taking turns: after every turn, the medians so far.
 
     Args:
         context: committed tokens; more do not matter much to a short step.
     """
-    target = Target(model, context + max(sizes), compile=compile)
+    target = Target(model, context + max(sizes), execution=execution)
     target.prefill([[7] * context])
     target.commit([[0]])
     trees = [tree_of(size, target.strategy.paths) for size in sizes]
@@ -90,13 +90,13 @@ def forward_times(
 
 
 def run(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], config: LookaheadConfig, new_tokens: int, compile: str
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], config: LookaheadConfig, new_tokens: int, execution: str
 ) -> list[Stats]:
     """Answer the prompts greedily, to their full length."""
     found = []
     for prompt in prompts:
         ids = torch.tensor([list(prompt)], device=model.device)
-        decoding = LookaheadDecoding(config, compile=compile)
+        decoding = LookaheadDecoding(config, execution=execution)
         options: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": None}
         generate(model, ids, attention_mask=torch.ones_like(ids), lookahead=decoding, **options)
         found.append(decoding.stats)
@@ -146,15 +146,15 @@ def trials(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
-    compile: str,
+    execution: str,
     grid: Sequence[tuple[int, int, int]] = GRID,
 ) -> Iterator[Trial]:
     """The paper's algorithm at every point of a grid and then the adaptive default."""
     for w, n, g in grid:
-        stats = run(model, prompts, LookaheadConfig.paper(w, n, g), new_tokens, compile)
+        stats = run(model, prompts, LookaheadConfig.paper(w, n, g), new_tokens, execution)
         yield tuning.judge(f"{w},{n},{g}", stats)
     # Wide trees first, so that the adaptive one knows what is done outside the forward.
     wide = LookaheadConfig(step_times=((1, 1.0),), max_rows=32)
-    tuning.judge("wide", run(model, prompts, wide, new_tokens, compile))
+    tuning.judge("wide", run(model, prompts, wide, new_tokens, execution))
     adaptive = LookaheadConfig(step_times=tuple(tuning.times()))
-    yield tuning.judge("adaptive", run(model, prompts, adaptive, new_tokens, compile))
+    yield tuning.judge("adaptive", run(model, prompts, adaptive, new_tokens, execution))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..bench import METHODS
-from ..config import COMPILE, LookaheadConfig
+from ..config import EXECUTIONS, LookaheadConfig
 from ..torchrun import started
 from .loading import DTYPES, Problem, check_file, encode, first_line, load, read_prompts, room, samples, sampling
 from .options import config_of, dtype_option, model_options, prompt_options, with_ranks
@@ -62,7 +62,7 @@ def bench() -> None:
 @click.option("--sources", help="Where lookahead takes candidates from. Default: all, or the paper's window.")
 @click.option("--max-rows", type=click.IntRange(1), help="Rows of a step at most.")
 @click.option(
-    "--compile", type=click.Choice(COMPILE), default="auto", show_default=True, help="Of ours, and of hf-static."
+    "--execution", type=click.Choice(EXECUTIONS), default="auto", show_default=True, help="Of ours, and of hf-static."
 )
 @click.option(
     "--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Prompts answered in one call."
@@ -89,7 +89,7 @@ def run(
     config: str,
     sources: str | None,
     max_rows: int | None,
-    compile: str,
+    execution: str,
     batch_size: int,
     temperature: float,
     seed: int,
@@ -142,7 +142,7 @@ def run(
     made = []
     for name, kind in wanted:
         try:
-            made.append(make(name, kind, loaded[kind][0], settings, compile, ranks))
+            made.append(make(name, kind, loaded[kind][0], settings, execution, ranks))
         except ValueError as error:
             raise Problem(str(error)) from error
     if ranks is not None and not ranks.first:
@@ -169,14 +169,14 @@ def run(
         model=model if model == "pocket" else Path(model).name,
         prompts=prompts.name if prompts else "samples",
         mode=f"{mode}, {_named(config, sources, max_rows)}" + (f", batches of {batch_size}" if batch_size > 1 else ""),
-        compile=compile,
+        execution=execution,
         device=device_name(target.device),
         threads=torch.get_num_threads(),
     )
     result = Result(about, short=min(SHORT, options.get("max_new_tokens", SHORT)))
     try:
         with progress() as bar:
-            task = bar.add_task("compiling and warming up" if compile == "full" else "warming up", total=None)
+            task = bar.add_task("compiling and warming up" if execution == "compiled" else "warming up", total=None)
             made, result.left_out = warm_up(made, jobs, options, seed if temperature else None)
             bar.update(task, description="measuring", total=len(jobs))
             for rows in measure(made, jobs if made else [], options, repeat, seed if temperature else None):
@@ -315,7 +315,7 @@ def ranks_line(counts: Any) -> str:
 @click.option("--rows", default="1,2,4,8,16,32,48,64,96,128", show_default=True)
 @click.option("--contexts", default="256,1024,4096", show_default=True)
 @click.option("--repeat", type=click.IntRange(1), default=15, show_default=True)
-@click.option("--compile", type=click.Choice(COMPILE), default="auto", show_default=True, help="Of our step.")
+@click.option("--execution", type=click.Choice(EXECUTIONS), default="auto", show_default=True, help="Of our step.")
 @click.option("--config", default="auto", show_default=True, help="Of the shares: auto, or the paper's with W,N,G.")
 @click.option("--sources", help="Of the shares. Default: all, or the paper's window.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path))
@@ -327,7 +327,7 @@ def step(
     rows: str,
     contexts: str,
     repeat: int,
-    compile: str,
+    execution: str,
     config: str,
     sources: str | None,
     json_path: Path | None,
@@ -348,7 +348,7 @@ def step(
     times = []
     with progress() as bar:
         task = bar.add_task("time of a step", total=len(sizes) * len(lengths))
-        for one in step_times(target, sizes, lengths, repeat, compile):
+        for one in step_times(target, sizes, lengths, repeat, execution):
             times.append(one)
             bar.advance(task)
     first = {one.context: one.ours for one in reversed(times)}
@@ -366,10 +366,10 @@ def step(
         out,
     )
     machine = limits(target)
-    stats = _stats(target, tokenizer, LookaheadDecoding(settings, compile=compile))
+    stats = _stats(target, tokenizer, LookaheadDecoding(settings, execution=execution))
     shares = outside_share(stats.seconds)
     outside = 1e3 * sum(s for name, s in stats.seconds.items() if name not in ("prefill", "forward")) / stats.steps
-    place = Target(target, 8, compile=compile)
+    place = Target(target, 8, execution=execution)
     commits = commit_times(target) if place.strategy.name == "tree" else {}
     held, needed = cache_bytes(target)
     least = ", ".join(f"{machine.milliseconds(n):.2f} ms for {n} row{'s' if n > 1 else ''}" for n in sizes)
@@ -387,7 +387,7 @@ def step(
             "model": Path(model).name,
             "parameters": sum(p.numel() for p in target.parameters()),
             "dtype": _name_of(target.dtype),
-            "compile": compile,
+            "execution": execution,
             "strategy": vars(place.strategy),
             "config": _named(config, sources),
             "device": device_name(target.device),

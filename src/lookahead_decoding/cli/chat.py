@@ -47,7 +47,7 @@ def chat(
     top_p: float | None,
     seed: int,
     config: LookaheadConfig,
-    compile: str,
+    execution: str,
     shared: Namespace | None,
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer; /help says more.
@@ -67,7 +67,7 @@ def chat(
         _tell("[ready: /help says what you can do, Ctrl-D leaves]")
 
     talk = Talk(target, tokenizer, system)
-    options = chosen | {"compile": compile, "shared": shared}
+    options = chosen | {"execution": execution, "shared": shared}
     for line in _turns():
         if line.startswith("/"):
             if line == "/exit":

@@ -36,7 +36,7 @@ class Runner:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         config: LookaheadConfig,
-        compile: str,
+        execution: str,
         ids: Sequence[int],
         max_new_tokens: int,
     ) -> None:
@@ -49,7 +49,7 @@ class Runner:
         self.seconds = 0.0
         start = perf_counter()
         self._steps: Iterator[Any] = stream(
-            model, tokenizer, ids, lookahead=config, compile=compile, max_new_tokens=max_new_tokens, do_sample=False
+            model, tokenizer, ids, lookahead=config, execution=execution, max_new_tokens=max_new_tokens, do_sample=False
         )
         self.seconds = perf_counter() - start
         self.ended = False
@@ -87,7 +87,7 @@ class Runner:
 )
 @threads_option
 @lookahead_options
-def demo(max_new_tokens: int, config: LookaheadConfig, compile: str) -> None:
+def demo(max_new_tokens: int, config: LookaheadConfig, execution: str) -> None:
     """Watch pocket write Python, plain and with lookahead decoding, in float32 on the CPU.
 
     A race: the method whose clock is behind takes the next step, and each clock counts its own steps alone. Exit code 1
@@ -97,14 +97,14 @@ def demo(max_new_tokens: int, config: LookaheadConfig, compile: str) -> None:
     out = console()
     item("Each colour is one step: one run of the model. Plain decoding gets one token from it.\n", out)
     for settings in (PLAIN, config):  # neither starts colder than the other
-        warm = Runner("", model, tokenizer, settings, compile, tokenizer(PROMPTS[0]).input_ids, 32)
+        warm = Runner("", model, tokenizer, settings, execution, tokenizer(PROMPTS[0]).input_ids, 32)
         while not warm.ended:
             warm.step()
     pairs = []
     for prompt in PROMPTS:
         ids = tokenizer(prompt).input_ids
         pair = [
-            Runner(title, model, tokenizer, settings, compile, ids, max_new_tokens)
+            Runner(title, model, tokenizer, settings, execution, ids, max_new_tokens)
             for title, settings in (("plain", PLAIN), ("lookahead", config))
         ]
         _race(pair, prompt, out)

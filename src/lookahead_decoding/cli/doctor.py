@@ -13,7 +13,7 @@ import click
 
 from ..config import LookaheadConfig
 from .loading import THREADS, Problem, encode, first_line, load, read_prompts, room, samples
-from .options import compile_option, dtype_option, model_options, prompt_options
+from .options import dtype_option, execution_option, model_options, prompt_options
 from .printing import Column, command_line, console, item, progress, show
 
 if TYPE_CHECKING:
@@ -44,13 +44,13 @@ LARGEST = 8 << 30
 """Bytes of a model that is loaded a second time, in another dtype, to compare."""
 
 RUNS = {
-    "off": "as the model is",
+    "eager": "as the model is",
     "packed": "packed weights",
     "native": "native code",
-    "graphs": "captured",
-    "full": "compiled",
+    "captured": "captured",
+    "compiled": "compiled",
 }
-"""How steps run, in words, by what `--compile` takes."""
+"""How steps run, in words, by what `--execution` takes."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,13 @@ class Way:
     """
 
     dtype: str
-    compile: str
+    execution: str
     model: PreTrainedModel
     seconds: float = 0.0
 
     @property
     def name(self) -> str:
-        return f"{self.dtype} {self.compile}"
+        return f"{self.dtype} {self.execution}"
 
 
 @click.command()
@@ -83,7 +83,7 @@ class Way:
     help="Of each answer.  [default: 128, or as few as 32 where that takes more than three minutes]",
 )
 @dtype_option
-@compile_option
+@execution_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, and nothing else.")
 def doctor(
     model: str,
@@ -95,13 +95,13 @@ def doctor(
     chat: bool,
     max_new_tokens: int | None,
     dtype: str,
-    compile: str,
+    execution: str,
     as_json: bool,
 ) -> None:
     """What is fastest here, how much lookahead decoding brings, and if little, why.
 
     Plain decoding, lookahead decoding and `model.generate` take turns on a few prompts, in the dtypes and ways to run a
-    step that this machine has, unless --dtype and --compile choose. Ends with one recommendation to copy.
+    step that this machine has, unless --dtype and --execution choose. Ends with one recommendation to copy.
     """
     asked = read_prompts(prompts, field, limit) if prompts else []
     target, tokenizer = load(model, dtype, device, trust_remote_code)
@@ -112,7 +112,7 @@ def doctor(
     jobs = [Job((tuple(p),)) for p in ids]
     length = min(room(target, p, max_new_tokens or TOKENS) for p in ids)
     try:
-        ways = _ways(model, target, dtype, compile, device, trust_remote_code, jobs)
+        ways = _ways(model, target, dtype, execution, device, trust_remote_code, jobs)
         if max_new_tokens is None:  # the race is that of every way, and of a warm-up of two answers, three times
             token = 3 * (len(jobs) + 2) * sum(way.seconds for way in ways)
             length = min(length, max(FEWEST, int(SECONDS / token)))
@@ -131,7 +131,7 @@ def doctor(
 
 
 def _ways(
-    name: str, model: PreTrainedModel, dtype: str, compile: str, device: str | None, trust: bool, jobs: Sequence[Job]
+    name: str, model: PreTrainedModel, dtype: str, execution: str, device: str | None, trust: bool, jobs: Sequence[Job]
 ) -> list[Way]:
     """A way per dtype that can be compared: for each the execution whose plain steps are the fastest."""
     import torch
@@ -149,12 +149,12 @@ def _ways(
     with progress() as bar:
         task = bar.add_task("comparing how a step runs", total=None)
         for one in models:
-            kinds = [compile]
-            if compile == "auto":
+            kinds = [execution]
+            if execution == "auto":
                 kinds = [best_way(one)]
                 if not why_not(one) and copied_bytes(one) <= PACKED_UNASKED:
-                    kinds = ["off", "packed"]
-                if Target(one, 8).how == "native":
+                    kinds = ["eager", "packed"]
+                if Target(one, 8).execution == "native":
                     kinds = ["native", kinds[-1]]
             of_dtype = str(one.dtype).removeprefix("torch.")
             ways = [_timed(Way(of_dtype, kind, one), jobs[0]) for kind in kinds]
@@ -167,7 +167,7 @@ def _timed(way: Way, job: Job, tokens: int = 24) -> Way:
     """The way with the time of its tokens: of a short plain answer, the third time."""
     from ..bench.methods import answer, make
 
-    method = make("autoregressive", way.dtype, way.model, LookaheadConfig(), way.compile)
+    method = make("autoregressive", way.dtype, way.model, LookaheadConfig(), way.execution)
     options = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     return replace(way, seconds=[answer(method, job, options)[2] for _ in range(3)][-1] / tokens)
 
@@ -180,7 +180,7 @@ def _race(ways: Sequence[Way], jobs: Sequence[Job], length: int) -> Result:
     methods = []
     for way in ways:
         for name in ("autoregressive", "lookahead", "hf-greedy"):
-            method = make(name, way.dtype, way.model, LookaheadConfig(), way.compile)
+            method = make(name, way.dtype, way.model, LookaheadConfig(), way.execution)
             methods.append(replace(method, dtype=way.name if name != "hf-greedy" else way.dtype))
     generation = ways[0].model.generation_config
     options: dict[str, Any] = {"max_new_tokens": length, "do_sample": False}
@@ -225,10 +225,10 @@ def _report(
     from ..bench.tune import forward_times
     from ..target import Target
 
-    place = Target(way.model, 8, compile=way.compile)
+    place = Target(way.model, 8, execution=way.execution)
     with progress() as bar:
         task = bar.add_task("time of a step", total=9)
-        for forwards in forward_times(way.model, (1, 2, 4, 8, 16, 32), way.compile):  # noqa: B007  # the last is best
+        for forwards in forward_times(way.model, (1, 2, 4, 8, 16, 32), way.execution):  # noqa: B007  # the last is best
             bar.advance(task)
     times = dict(forwards)
     rows = result.of(fastest, looping)
@@ -246,7 +246,7 @@ def _report(
         "device": profile.device_name(way.model.device),
         "threads": torch.get_num_threads(),
         "dtype": way.dtype,
-        "steps_run": RUNS[place.how],
+        "steps_run": RUNS[place.execution],
         "row_invariant": "yes: the tokens of plain decoding"
         if place.row_invariant
         else "no: near-ties may fall otherwise",
@@ -329,9 +329,9 @@ def _to_copy(model: str, way: Way, options: Sequence[str], method: str) -> tuple
     if method == "hf-greedy":
         return [], f"{loading}ids = model.generate({arguments})"
     plain = method == "autoregressive"
-    parts = [f"--dtype {way.dtype}", f"--compile {way.compile}", *["--plain"] * plain, *options]
+    parts = [f"--dtype {way.dtype}", f"--execution {way.execution}", *["--plain"] * plain, *options]
     command = ["lookahead generate", shlex.quote(model), *parts, "-p 'your prompt'"]
-    decoding = f"decoding = ld.LookaheadDecoding({'ld.PLAIN, ' * plain}compile={way.compile!r})\n"
+    decoding = f"decoding = ld.LookaheadDecoding({'ld.PLAIN, ' * plain}execution={way.execution!r})\n"
     return command, f"{loading}{decoding}ids = ld.generate(\n    model, {arguments}, lookahead=decoding\n)"
 
 
@@ -379,22 +379,24 @@ def advise(
             f"a step that feeds 8 tokens takes {cost:.1f} times as long as one that feeds 1: this device has little "
             "idle arithmetic, so few are guessed"
         )
-    if model.device.type == "cpu" and target.how in ("off", "packed") and target.strategy.name == "tree":
+    if model.device.type == "cpu" and target.execution in ("eager", "packed") and target.strategy.name == "tree":
         reason = why_no_native(model)
         if reason:
             advice.append(f"a native step would be faster, and this model has none: {reason}")
         elif not_unasked(model):
             size = sum(p.nbytes for p in model.parameters()) / 2**30
-            advice.append(f"--compile native makes a step faster; its copy of the weights takes {size:.1f} GiB")
+            advice.append(f"--execution native makes a step faster; its copy of the weights takes {size:.1f} GiB")
     size = 0 if why_not(model) else copied_bytes(model)
-    if target.how == "off" and size > PACKED_UNASKED:  # a smaller copy was compared
-        advice.append(f"--compile packed may make a step faster; its copy of the weights takes {size / 2**30:.1f} GiB")
-    if model.device.type == "cpu" and target.how in ("off", "packed") and target.strategy.name == "tree":
+    if target.execution == "eager" and size > PACKED_UNASKED:  # a smaller copy was compared
+        advice.append(
+            f"--execution packed may make a step faster; its copy of the weights takes {size / 2**30:.1f} GiB"
+        )
+    if model.device.type == "cpu" and target.execution in ("eager", "packed") and target.strategy.name == "tree":
         outside = times[1] - limits(model).milliseconds(1) / 1e3
         if outside > 0.5 * times[1]:
             advice.append(
-                "more than half of a step's time goes to starting many small operations: --compile full joins them, "
-                "at the price of minutes per process"
+                "more than half of a step's time goes to starting many small operations: --execution compiled joins "
+                "them, at the price of minutes per process"
             )
     if mean_acceptance_length < 1.2:
         advice.append(

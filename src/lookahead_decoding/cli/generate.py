@@ -69,7 +69,7 @@ def generate(
     top_p: float | None,
     seed: int,
     config: LookaheadConfig,
-    compile: str,
+    execution: str,
     shared: Namespace | None,
     as_json: bool,
     ranks: Ranks | None,
@@ -105,7 +105,7 @@ def generate(
             printer = _Printer(tokenizer, enabled=not as_json and len(encoded) == 1 and speaks())
             try:
                 decoding = LookaheadDecoding(
-                    config, tokenizer=tokenizer, seeds=seeds, shared=shared, compile=compile, parallel=ranks
+                    config, tokenizer=tokenizer, seeds=seeds, shared=shared, execution=execution, parallel=ranks
                 )
                 answers = answer(
                     target,

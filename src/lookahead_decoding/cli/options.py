@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..config import COMPILE, MAX_ROWS, PLAIN, SOURCES, LookaheadConfig
+from ..config import EXECUTIONS, MAX_ROWS, PLAIN, SOURCES, LookaheadConfig
 from ..torchrun import PATIENCE, START, speaks, started
 from .loading import DTYPES, FIELD, Problem, check_file, first_line, keep_threads
 
@@ -171,7 +171,7 @@ def lookahead_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--reproducible", is_flag=True, help="The same text in every run, in bfloat16 too: no clock decides."
         ),
-        compile_option,
+        execution_option,
     ):
         wrapped = option(wrapped)
     return wrapped
@@ -253,14 +253,14 @@ def dtype_option(command: Callable[..., None]) -> Callable[..., None]:
     )(command)
 
 
-def compile_option(command: Callable[..., None]) -> Callable[..., None]:
+def execution_option(command: Callable[..., None]) -> Callable[..., None]:
     """How a step runs."""
     return click.option(
-        "--compile",
-        type=click.Choice(COMPILE),
+        "--execution",
+        type=click.Choice(EXECUTIONS),
         default="auto",
         show_default=True,
-        help="How a step runs; packed holds the weights twice, full compiles it, which takes minutes on a CPU.",
+        help="How a step runs; native and packed hold the weights twice, compiled takes minutes on a CPU to begin.",
     )(command)
 
 

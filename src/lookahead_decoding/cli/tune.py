@@ -13,7 +13,7 @@ import click
 
 from ..config import MAX_ROWS, PLAIN
 from .loading import Problem, encode, first_line, load, read_prompts, room, samples
-from .options import compile_option, dtype_option, model_options, prompt_options
+from .options import dtype_option, execution_option, model_options, prompt_options
 from .printing import Column, console, progress, show
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     help="Of each answer.",
 )
 @dtype_option
-@compile_option
+@execution_option
 @click.option("--save/--no-save", default=True, show_default=True, help="Keep t(n) for later runs on this machine.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="A file for the figures.")
 def tune(
@@ -47,7 +47,7 @@ def tune(
     limit: int,
     max_new_tokens: int,
     dtype: str,
-    compile: str,
+    execution: str,
     save: bool,
     json_path: Path | None,
 ) -> None:
@@ -66,8 +66,8 @@ def tune(
 
     ids = [encode(target, tokenizer, one, f"prompt {i}") for i, one in enumerate(asked or samples(tokenizer, limit), 1)]
     length = min(room(target, p, max_new_tokens) for p in ids)
-    forwards, tuning, found = measured(target, ids, length, compile, GRID)
-    machine = Target(target, 8, compile=compile).machine
+    forwards, tuning, found = measured(target, ids, length, execution, GRID)
+    machine = Target(target, 8, execution=execution).machine
     times = tuning.times()
     out = console()
     shown = [(n, seconds) for n, seconds in times if n <= MAX_ROWS]
@@ -119,7 +119,7 @@ def measured(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     length: int,
-    compile: str,
+    execution: str,
     grid: Sequence[tuple[int, int, int]],
 ) -> tuple[list[tuple[int, float]], Tuning, list[Trial]]:
     """The seconds of forwards by rows, t(n), and what settings bring: those of a grid, and the adaptive default."""
@@ -129,12 +129,12 @@ def measured(
     with progress() as bar:
         task = bar.add_task("time of a step", total=9)
         try:
-            for forwards in forward_times(model, TUNED, compile):  # noqa: B007  # the last is the best
+            for forwards in forward_times(model, TUNED, execution):  # noqa: B007  # the last is the best
                 bar.advance(task)
             task = bar.add_task("acceptance", total=len(grid) + 2)
-            tuning = Tuning(forwards, run(model, prompts, PLAIN, length, compile))
+            tuning = Tuning(forwards, run(model, prompts, PLAIN, length, execution))
             bar.advance(task)
-            for trial in trials(tuning, model, prompts, length, compile, grid):
+            for trial in trials(tuning, model, prompts, length, execution, grid):
                 found.append(trial)
                 bar.advance(task)
         except (TypeError, ValueError) as error:

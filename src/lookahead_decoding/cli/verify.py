@@ -38,7 +38,7 @@ def verify(
     top_p: float | None,
     seed: int,
     config: LookaheadConfig,
-    compile: str,
+    execution: str,
     ranks: Ranks | None,
 ) -> None:
     """Compare with plain decoding, token by token, prompt by prompt.
@@ -63,7 +63,7 @@ def verify(
     for i, ids in enumerate(track(encoded, "verifying", console=console, disable=not sys.stderr.isatty()), 1):
         options = chosen | {"max_new_tokens": room(target, ids, max_new_tokens)}
         try:
-            decoding = LookaheadDecoding(config, compile=compile, parallel=ranks)
+            decoding = LookaheadDecoding(config, execution=execution, parallel=ranks)
             found = compare(target, torch.tensor([ids], device=target.device), decoding, seed + i - 1, **options)
         except (TypeError, ValueError) as error:
             raise Problem(first_line(error)) from error

@@ -139,8 +139,8 @@ class NativeSteps(TreeSteps):
     """
 
     def __init__(self, native: Native, model: Any, capacity: int, batch: int, attention: str, room: int) -> None:
-        super().__init__(model, capacity, batch, attention, "off", room)
-        self.how = "native"
+        super().__init__(model, capacity, batch, attention, "eager", room)
+        self.execution = "native"
         self.native = native
         made = native.made
         like = torch.empty(0, made.key_heads, 0, made.size, dtype=made.dtype)
