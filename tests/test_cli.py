@@ -171,8 +171,8 @@ def test_what_an_error_says_first_is_a_whole_sentence(message: str, said: str) -
 
 def test_the_doctor_recommends_what_was_fastest(monkeypatch, capsys) -> None:
     doctor = sys.modules["lookahead_decoding.cli.doctor"]  # the package has the command by that name
-    speeds = {"autoregressive@float32 off": 10, "lookahead@float32 off": 14, "hf-greedy@float32": 9}
-    speeds |= {"autoregressive@bfloat16 off": 12, "lookahead@bfloat16 off": 13, "hf-greedy@bfloat16": 8}
+    speeds = {"autoregressive@float32 eager": 10, "lookahead@float32 eager": 14, "hf-greedy@float32": 9}
+    speeds |= {"autoregressive@bfloat16 eager": 12, "lookahead@bfloat16 eager": 13, "hf-greedy@bfloat16": 8}
 
     def race(ways: Sequence[Way], jobs: Sequence[Job], length: int) -> Result:
         result = Result(About("", "", "", "", "", "", 1))
@@ -186,10 +186,10 @@ def test_the_doctor_recommends_what_was_fastest(monkeypatch, capsys) -> None:
     both = ("float32", "bfloat16")
     monkeypatch.setattr(doctor, "_ways", lambda name, model, *a: [Way(dtype, "eager", model, 0.01) for dtype in both])
     said = json.loads(run(capsys, monkeypatch, "doctor", "pocket", "--threads", "2", "--dtype", "float32", "--json")[1])
-    assert (said["dtype"], said["best_plain"]) == ("float32", "autoregressive@bfloat16 off")
+    assert (said["dtype"], said["best_plain"]) == ("float32", "autoregressive@bfloat16 eager")
     assert said["expected_speedup"] == 1.17
     assert said["command"] == "lookahead generate pocket --dtype float32 --execution eager --threads 2 -p 'your prompt'"
-    speeds |= {"autoregressive@bfloat16 off": 20}
+    speeds |= {"autoregressive@bfloat16 eager": 20}
     said = json.loads(run(capsys, monkeypatch, "doctor", "pocket", "--dtype", "float32", "--json")[1])
     assert said["command"] == "lookahead generate pocket --dtype bfloat16 --execution eager --plain -p 'your prompt'"
     assert "ld.PLAIN" in said["python"]
