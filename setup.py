@@ -8,7 +8,7 @@ STEP = Extension(
     "lookahead_decoding.native._step",
     [f"src/lookahead_decoding/native/{name}.c" for name in ("step", "avx512_bf16", "avx512", "avx2")],
     depends=[f"src/lookahead_decoding/native/{name}.h" for name in ("step", "operations", "vector512", "vector256")],
-    extra_compile_args=["-O3", "-fopenmp"],
+    extra_compile_args=["-O3", "-ffp-contract=off", "-fopenmp"],
     optional=True,
 )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -237,10 +239,78 @@ def test_what_has_no_program_says_why_and_runs_as_before(tiny: Tiny) -> None:
     assert ld.Target(hooked, 20).execution != "native"
 
 
+def test_more_rows_need_logits_than_fit_into_one_call(tiny: Tiny) -> None:
+    model = tiny("llama", torch.float32, **WIDE)
+    prompt = [3, 5, 7, 9]
+    large = build_tree(5, candidates=[[i, i + 1, i + 2] for i in range(0, 60, 3)])
+    wanted = started(model, prompt).forward([large]).logits[0].clone()
+    steps = started(model, prompt, batch=8)
+    for others in ([None] * 7, [TokenTree((5,), (-1,))] * 7, [large] * 7):
+        found = steps.forward([large, *others])
+        assert found.logits.shape[:2] == (8, len(wanted))
+        assert torch.equal(found.logits[0], wanted)
+    assert torch.equal(found.logits[7], wanted)
+
+
+def test_what_hangs_on_a_model_later_is_seen(tiny: Tiny) -> None:
+    model = copy.deepcopy(tiny("llama", **WIDE))
+    native_of(model)
+    hook = model.model.layers[0].register_forward_hook(lambda module, inputs, output: None)
+    with pytest.raises(NoProgramError, match="hooks hang on its modules"):
+        native_of(model)
+    hook.remove()
+    native_of(model)
+
+
+def test_an_adapter_has_no_program(tiny: Tiny) -> None:
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(init_lora_weights=False, target_modules=["q_proj", "v_proj"])
+    model = peft.get_peft_model(copy.deepcopy(tiny("llama", torch.bfloat16, **WIDE)), settings).eval()
+    with pytest.raises(NoProgramError, match="Linear is no plain linear layer"):
+        native_of(model.get_base_model())
+
+
+def test_learned_positions_end(tiny: Tiny) -> None:
+    model = family("gpt2", torch.float32)
+    steps = NativeSteps(native_of(model), model, 400, 1, "sdpa", 8)
+    with pytest.raises(IndexError, match="has learned 256 positions"):
+        steps.prefill([[3] * 300])
+    with pytest.raises(IndexError, match="token ids must be from 0 to 63"):
+        steps.prefill([[64]])
+
+
+def test_a_layer_of_another_size_has_no_program(tiny: Tiny) -> None:
+    model = copy.deepcopy(tiny("llama", **WIDE))
+    unit = model.model.layers[1].mlp
+    unit.gate_proj, unit.up_proj = torch.nn.Linear(64, 416, bias=False), torch.nn.Linear(64, 416, bias=False)
+    unit.down_proj = torch.nn.Linear(416, 64, bias=False)
+    with pytest.raises(NoProgramError, match="other sizes than the first one"):
+        native_of(model)
+
+
+def test_a_model_without_a_program_is_freed() -> None:
+    model = family("gpt2", torch.float64)
+    with pytest.raises(NoProgramError):
+        native_of(model)
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+
+
+def test_the_default_dtype_does_not_matter(tiny: Tiny, request: pytest.FixtureRequest) -> None:
+    request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
+    model, prompt = tiny("llama", torch.bfloat16, **WIDE), [3, 5, 7]
+    wanted = started(model, prompt).forward([build_tree(5)]).logits.clone()
+    torch.set_default_dtype(torch.bfloat16)
+    again = copy.deepcopy(model)
+    assert torch.equal(started(again, prompt).forward([build_tree(5)]).logits, wanted)
+
+
 def test_a_program_that_computes_something_else_is_not_used(tiny: Tiny) -> None:
     model = copy.deepcopy(tiny("llama", **WIDE))
     model.model.layers[0].self_attn.scaling *= 1.5  # in one layer alone, which no recipe expects
-    with pytest.raises(NoProgramError, match="its logits differ from the program's by"):
+    with pytest.raises(NoProgramError, match="its logits differ from the program's"):
         native_of(model)
 
 

@@ -232,8 +232,8 @@ class Target:
         key = self.strategy, len(self.lengths), self.execution, self.model.dtype, device, torch.get_num_threads()
         if key not in known:
             known[key] = StepTimes(profile.load(self.machine) or (), self.steps.sizes)
-            if isinstance(self.steps, NativeSteps) and not known[key].fixed:
-                known[key].begin(step_seconds(self.steps.native, self.model))
+            if isinstance(self.steps, NativeSteps) and config.sources and not known[key].fixed:
+                known[key].begin(step_seconds(self.steps.native, self.model, len(self.lengths)))
         return known[key]
 
     @property

@@ -8,14 +8,21 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .library import (
+    ATTENDED,
     DTYPES,
+    INNER,
     LAYER_NORM,
     NO_NORM,
     NORM,
+    NORMED,
     PROJECT,
     ROOT_MEAN_SQUARE,
+    TO_HEADS,
+    TO_LOGITS,
+    TO_RESIDUAL,
     Op,
     Program,
     huge,
@@ -116,6 +123,7 @@ class Made:
         hidden, heads, key_heads, size, inner, vocabulary: sizes; `size` is that of a head, `inner` of a feed-forward
             network.
         scale: of the scores of attention.
+        tokens, positions: that there are embeddings of; no positions where they are not learned.
         cap: of the logits, by a tanh; 0 is none.
         tables: of angles, that rotations name by number.
         spans: of each layer, the number of its slots among those of the cache.
@@ -129,6 +137,8 @@ class Made:
     inner: int
     vocabulary: int
     scale: float
+    tokens: int = 0
+    positions: int = 0
     cap: float = 0.0
     tables: list[Angles] = field(default_factory=list)
     spans: list[int] = field(default_factory=list)
@@ -162,9 +172,29 @@ class Made:
 
     def project(self, linear: Linear, kind: int = PROJECT, **fields: Any) -> None:
         """A linear layer, or another operation with the same weight."""
+        self.check(linear, kind, fields["origin"], fields.get("to", TO_HEADS))
         outputs, inputs = linear.weight.shape
         places = {"weight": self.lay(panels(linear.weight)), "bias": self.hold(padded(linear.bias))}
         self.add(kind, outputs=outputs, inputs=inputs, **places, **fields)
+
+    def check(self, linear: Linear, kind: int, origin: int, to: int) -> None:
+        """See that a linear layer has the sizes that this place has room for.
+
+        Raises:
+            NoProgramError: it has others, or another dtype than the model's embeddings.
+        """
+        outputs, inputs = linear.weight.shape
+        given = {NORMED: self.hidden, ATTENDED: self.heads * self.size, INNER: self.inner}[origin]
+        heads = (self.heads + 2 * self.key_heads) * self.size
+        wanted = {
+            TO_RESIDUAL: self.hidden,
+            TO_LOGITS: self.vocabulary,
+            TO_HEADS: heads if origin == NORMED else self.hidden,
+        }
+        if inputs != given or outputs != (self.inner if kind != PROJECT else wanted[to]):
+            raise NoProgramError("a layer has other sizes than the first one, or than its configuration says")
+        if linear.weight.dtype != self.dtype or inputs % 2:
+            raise NoProgramError("its weights are of several dtypes, or of an odd size")
 
     def program(self) -> Program:
         """As the library takes it.
@@ -246,11 +276,8 @@ def linear_of(module: nn.Module) -> Linear:
     """
     kind = type(module).__name__
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    if (
-        kind not in ("Linear", "FalconLinear", "Conv1D")
-        or type(weight) is not nn.Parameter
-        or "forward" in vars(module)
-    ):
+    falcon = kind == "FalconLinear" and type(module).__module__.startswith("transformers.")
+    if not (type(module) in (nn.Linear, Conv1D) or falcon) or type(weight) is not nn.Parameter:
         raise NoProgramError(f"{kind} is no plain linear layer")
     weight = weight.detach()
-    return Linear(weight.t() if kind == "Conv1D" else weight, None if bias is None else bias.detach())
+    return Linear(weight.t() if type(module) is Conv1D else weight, None if bias is None else bias.detach())

@@ -26,6 +26,7 @@ from .library import (
     INNER,
     NORM_HEADS,
     NORMED,
+    ROOT_MEAN_SQUARE,
     ROTATE,
     TO_HEADS,
     TO_LOGITS,
@@ -121,7 +122,7 @@ def read(model: Any, config: Any, spans: Sequence[int], windows: Sequence[int], 
         raise NoProgramError(f"{type(model).__name__} is no body with a head")
     (body,) = outside.values()
     inside = parts(body, BODY)
-    layers, embedding = inside["layers"], inside["embedding"]
+    layers, embedding = inside["layers"][: config.num_hidden_layers], inside["embedding"]
     first = parts(layers[0], LAYER)
     heads = config.num_attention_heads
     size = getattr(first["attention"], "head_dim", None) or config.hidden_size // heads
@@ -135,6 +136,8 @@ def read(model: Any, config: Any, spans: Sequence[int], windows: Sequence[int], 
         inner=_inner(parts(first["unit"], UNIT)),
         vocabulary=logits.outputs,
         scale=float(getattr(first["attention"], "scaling", None) or size**-0.5),
+        tokens=embedding.num_embeddings,
+        positions=0 if inside["positions"] is None else inside["positions"].num_embeddings,
         cap=float(getattr(config, "final_logit_softcapping", None) or 0.0),
         spans=list(spans),
     )
@@ -262,6 +265,9 @@ def _attend(
     """Rotation and attention of a layer."""
     roles = parts(attention, ATTENTION)
     norms = [made.known(roles[name]) for name in ("query_norm", "key_norm")]
+    of_heads = [norm for norm in norms if norm.weight is not None and len(norm.weight) == made.size]
+    if any(norm.kind != ROOT_MEAN_SQUARE or norm.bias is not None or norm.eps != norms[0].eps for norm in of_heads):
+        raise NoProgramError("its norms of queries and keys are not of one kind that is known")
     for i, (norm, heads) in enumerate(zip(norms, (made.heads, made.key_heads), strict=True)):
         if norm.weight is None or len(norm.weight) == made.size:
             continue
@@ -305,6 +311,8 @@ def _unit(made: Made, unit: Mapping[str, Any]) -> None:
         raise NoProgramError("its feed-forward network has one bias of two")
     biases = padded(gate.bias), padded(up.bias)
     bias = None if biases[0] is None or biases[1] is None else torch.cat([biases[0], biases[1]])
+    for linear in (gate, up):
+        made.check(linear, GATE, NORMED, TO_HEADS)
     sizes = {"outputs": gate.outputs, "inputs": gate.weight.shape[1]}
     made.add(GATE, weight=made.lay(alternating(gate.weight, up.weight)), bias=made.hold(bias), **sizes, **fields)
 
@@ -352,9 +360,13 @@ def _rotations(
 def _table(made: Made, rotary: nn.Module, named: Mapping[str, Any], side_by_side: bool) -> dict[str, int]:
     """The angles of a kind of layer, as a table of the program's."""
 
+    hidden = made.hidden  # or the program would hold itself
+
     def whole(positions: int) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.no_grad():
-            cosines, sines = rotary(torch.zeros(1, 1, made.hidden), torch.arange(positions)[None], **named)
+            cosines, sines = rotary(
+                torch.zeros(1, 1, hidden, dtype=torch.float32), torch.arange(positions)[None], **named
+            )
         return cosines[0].float(), sines[0].float()
 
     cosines, _ = whole(8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
@@ -27,8 +28,11 @@ from .recipes import read
 CHUNK = 192
 """Rows of a call at most: more go in several, which gives the same numbers."""
 
-BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.1}
-"""How far a program's logits may be from the model's own, as a share of their size."""
+BOUND = 1e-4
+"""How far a program's logits may be from the model's own in float32, as a share of their size."""
+
+NOISE = 1.25
+"""In bfloat16, how far they may be from what the same weights give in float32, where the model's own are 1 away."""
 
 TIMED = (1, 4, 8, 12, 16, 32, 64)
 """Rows of the steps that are timed before a model's first answer."""
@@ -61,15 +65,15 @@ class Native:
     def __init__(self, made: Made) -> None:
         self.made = made
         heads = (made.heads + 2 * made.key_heads) * made.size
-        self._residual = torch.empty(CHUNK, made.hidden)
-        self._heads = torch.empty(CHUNK, max(heads, made.hidden))
-        self._attended = torch.empty(CHUNK, made.heads * made.size)  # or half of that, in bfloat16
-        self._inner = torch.empty(CHUNK, made.inner)
-        self._normed = torch.empty(0, CHUNK * made.hidden + 32)  # of each thread
-        self._scores = torch.empty(0, 0)
+        self._residual = torch.empty(CHUNK, made.hidden, dtype=torch.float32)
+        self._heads = torch.empty(CHUNK, max(heads, made.hidden), dtype=torch.float32)
+        self._attended = torch.empty(CHUNK, made.heads * made.size, dtype=torch.float32)  # or half of that, in bfloat16
+        self._inner = torch.empty(CHUNK, made.inner, dtype=torch.float32)
+        self._normed = torch.empty(0, CHUNK * made.hidden + 32, dtype=torch.float32)  # of each thread
+        self._scores = torch.empty(0, 0, dtype=torch.float32)
         self._next = np.zeros(8 * len(made.ops), dtype=np.int64)
         self._program = made.program()
-        self._logits = torch.empty(0)
+        self._logits = torch.empty(0, dtype=torch.float32)
         self._angles: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def run(
@@ -87,7 +91,12 @@ class Native:
             one, (len(keep), 1 + RANKS).
         """
         threads = torch.get_num_threads()
+        assert len(keep) <= len(rows) <= CHUNK
         ids, positions, prefixes, paths, sequences = zip(*rows, strict=True)
+        if not 0 <= min(ids) <= max(ids) < self.made.tokens:
+            raise IndexError(f"token ids must be from 0 to {self.made.tokens - 1}")
+        if self.made.positions and max(positions) + shift >= self.made.positions:
+            raise IndexError(f"the model has learned {self.made.positions} positions, and the text is longer")
         self._make_room(max(positions) + shift + 1, cache.capacity, len(keep), threads)
         logits, found = self._logits[: len(keep)], np.zeros((len(keep), RANKS), dtype=np.int32)
         starts = np.cumsum([0, *map(len, paths)])
@@ -122,11 +131,11 @@ class Native:
         if self.made.tables and (not self._angles or len(self._angles[0][0]) < positions):
             self._angles = [table(max(512, 2 * positions)) for table in self.made.tables]
         if len(self._normed) < threads:
-            self._normed = torch.empty(threads, self._normed.shape[1])
+            self._normed = torch.empty(threads, self._normed.shape[1], dtype=torch.float32)
         if len(self._scores) < threads or self._scores.shape[1] < QUERIES * (capacity + 32):
-            self._scores = torch.empty(threads, QUERIES * (capacity + 32))
+            self._scores = torch.empty(threads, QUERIES * (capacity + 32), dtype=torch.float32)
         if len(self._logits) < kept:
-            self._logits = torch.empty(kept, self.made.vocabulary)
+            self._logits = torch.empty(kept, self.made.vocabulary, dtype=torch.float32)
 
 
 class NativeSteps(TreeSteps):
@@ -154,9 +163,14 @@ class NativeSteps(TreeSteps):
         first = dict(zip([b for b, _ in live], np.cumsum([0, *(len(tree) for _, tree in live)]).tolist(), strict=False))
         rows = {b: [first[b] + node if node < len(tree) else first[b] for node in keep] for b, tree in live}
         some = next(iter(rows.values()))
-        kept = [row for b in range(len(trees)) for row in rows.get(b, some)]  # an ended one has anybody's
+        wanted = [row for b in range(len(trees)) for row in rows.get(b, some)]  # an ended one has anybody's
+        kept = sorted(set(wanted))
         self.cache.make_room(max(len(tree) for _, tree in live))
         logits, best = self._run(list(self._rows_of(live)), kept)
+        if kept != wanted:
+            place = {row: i for i, row in enumerate(kept)}
+            back = torch.tensor([place[row] for row in wanted])
+            logits, best = logits[back], best[back]
         shape = len(trees), len(keep), -1
         return StepLogits(logits.view(shape), tuple(keep), best.view(shape))
 
@@ -165,7 +179,7 @@ class NativeSteps(TreeSteps):
 
     def _prefill(self, parts: Sequence[Sequence[int]], keep: list[int]) -> torch.Tensor:
         """Logits of the rows in `keep`, (batch, len(keep), vocab)."""
-        found = torch.zeros(len(parts), len(keep), self.native.made.vocabulary)
+        found = torch.zeros(len(parts), len(keep), self.native.made.vocabulary, dtype=torch.float32)
         self.cache.make_room(max(map(len, parts)))
         for b, part in enumerate(parts):
             if part:  # of its own, only the last row is asked for
@@ -187,7 +201,7 @@ class NativeSteps(TreeSteps):
                 yield token, held + len(paths[node]) - 1, held, paths[node], b
 
     def _run(self, rows: Sequence[Row], keep: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `Native.run`, in as many calls as it takes; no row sees one of a later call."""
+        """As `Native.run`, in as many calls as it takes; no row sees one of a later call, and `keep` ascends."""
         shift = int(self._shifts[0])
         if len(rows) <= CHUNK:
             return self.native.run(self.cache, rows, keep, shift)
@@ -196,9 +210,7 @@ class NativeSteps(TreeSteps):
             kept = [row - at for row in keep if at <= row < at + CHUNK]
             logits, best = self.native.run(self.cache, rows[at : at + CHUNK], kept, shift)
             found.append((logits.clone(), best))
-        order = sorted(range(len(keep)), key=lambda i: keep[i] // CHUNK)  # stable: the rows of a call as they stand
-        back = torch.tensor(order).argsort()
-        return torch.cat([logits for logits, _ in found])[back], torch.cat([best for _, best in found])[back]
+        return torch.cat([logits for logits, _ in found]), torch.cat([best for _, best in found])
 
 
 def native_of(model: Any) -> Native:
@@ -209,14 +221,17 @@ def native_of(model: Any) -> Native:
     """
     if any(type(p) is not torch.nn.Parameter or p.device.type != "cpu" for p in model.parameters()):
         raise NoProgramError("its weights are not plain ones on the CPU")
+    changed = (m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
+    if any(changed) or torch.nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
+        raise NoProgramError("hooks hang on its modules, or their forward was replaced")
     made = memory_of(model).made
     state = version_of(model), state_of(model)
     if "native" not in made or made["native"][0] != state:
         made.pop("native", None)
         made["native"] = state, _proven(model)
-    found: Native | NoProgramError = made["native"][1]
-    if isinstance(found, NoProgramError):
-        raise found
+    found: Native | str = made["native"][1]
+    if isinstance(found, str):
+        raise NoProgramError(found)
     return found
 
 
@@ -229,41 +244,47 @@ def why_no_native(model: Any) -> str:
     return ""
 
 
-def step_seconds(native: Native, model: Any) -> list[tuple[int, float]]:
-    """Rows and seconds of a step, measured, in increasing order of rows: the least of a few."""
-    steps = NativeSteps(native, model, TIMED_AT + TIMED[-1], 1, str(text_config(model)._attn_implementation), TIMED[-1])
-    steps.cache.lengths[0] = min(TIMED_AT, steps.cache.chunk)
-    for slots in steps.cache.all_slots:
-        slots.make_room(0)
+def step_seconds(native: Native, model: Any, batch: int = 1) -> list[tuple[int, float]]:
+    """Rows of each sequence and seconds of a step, measured, in increasing order of rows: the least of a few."""
+    sizes = [rows for rows in TIMED if rows == 1 or rows * batch <= TIMED[-1]]
+    room = (native.made.positions or 1 << 30) - sizes[-1] - 1
+    if room < 0:
+        return []
+    attention = str(text_config(model)._attn_implementation)
+    steps = NativeSteps(native, model, TIMED_AT + sizes[-1], batch, attention, sizes[-1])
+    steps.cache.lengths[:] = [min(TIMED_AT, room, steps.cache.chunk)] * batch
     found = []
-    for rows in TIMED:
+    for rows in sizes:
         tree, times = TokenTree((1,) * rows, (-1, *range(rows - 1))), []
         for _ in range(3):
             start = perf_counter()
-            steps.forward([tree])
+            steps.forward([tree] * batch)
             times.append(perf_counter() - start)
         found.append((rows, min(times)))
     return found
 
 
-def _proven(model: Any) -> Native | NoProgramError:
-    """A program whose logits are those of the model, up to rounding."""
+def _proven(model: Any) -> Native | str:
+    """A program whose logits are those of the model, up to rounding; or why there is none."""
     reason = why_no_library()
     if not reason and frequencies_change(model):
         reason = "its rotary frequencies change with the length of the text"
     if reason:
-        return NoProgramError(reason)
+        return reason
     try:
         with torch.inference_mode(False), torch.no_grad(), as_written(model):
             off = float("inf")
             for pairs in (False, True):
+                native = None  # the first one's memory, before there is a second
                 native = Native(_made(model, pairs))
                 off = min(off, _difference(native, model))
-                if off <= BOUND[native.made.dtype]:
+                if off <= 1:
                     return native
-    except (NoProgramError, AttributeError) as error:
-        return NoProgramError(str(error))
-    return NoProgramError(f"its logits differ from the program's by {off:.1%}")
+    except NoProgramError as error:
+        return str(error)
+    except Exception as error:  # of a model unlike all others, which then runs as it is
+        return f"no program can be made of it ({type(error).__name__}: {error})"
+    return f"its logits differ from the program's, by {off:.1f} times what rounding explains"
 
 
 def _made(model: Any, pairs: bool = False) -> Made:
@@ -279,16 +300,54 @@ def _made(model: Any, pairs: bool = False) -> Made:
 
 
 def _difference(native: Native, model: Any) -> float:
-    """How far the logits of some tokens are from the model's own, past every window that is not too long for that."""
+    """How far the logits of some tokens are from the model's, past every window that is not too long for that.
+
+    The unit is what rounding explains: in float32 a bound, in bfloat16 the model's own distance from float32.
+    """
     windows = [slots.window for slots in TreeCache(text_config(model), 1, 8).all_slots if slots.window]
     length = max([SAMPLE, *(window + SAMPLE for window in windows if window <= LONGEST)])
-    ids = [(7 * i + 3) % native.made.vocabulary for i in range(length)]
-    steps = NativeSteps(native, model, length + 8, 1, str(text_config(model)._attn_implementation), SAMPLE)
+    ids = [(7 * i + 3) % native.made.tokens for i in range(length)]
+    steps = NativeSteps(native, model, length + SAMPLE, 1, str(text_config(model)._attn_implementation), SAMPLE)
     ours = []
     for token in range(0, length, SAMPLE):
         part = ids[token : token + SAMPLE]
         steps.cache.make_room(len(part))
         ours.append(steps._run(list(steps._rows_in(part, 0)), range(len(part)))[0].clone())
         steps.commit([range(len(part))])
-    wanted = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].double()
-    return float((torch.cat(ours).double() - wanted).norm() / wanted.norm())
+    found = torch.cat(ours).double()
+
+    def logits() -> torch.Tensor:
+        return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].double()  # type: ignore[no-any-return]
+
+    own = logits()
+    if native.made.dtype == torch.float32:
+        return float((found - own).norm() / (BOUND * own.norm()))
+    with _in_float32(model):
+        exact = logits()
+    return float((found - exact).norm() / (NOISE * (own - exact).norm()))
+
+
+@contextmanager
+def _in_float32(model: Any) -> Iterator[None]:
+    """Inside, a model computes in float32: each module's weights are widened while it runs, and no others."""
+    narrow: dict[int, torch.Tensor] = {}
+
+    def widen(module: Any, given: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            narrow[id(parameter)] = parameter.data
+            parameter.data = parameter.data.float()
+
+    def back(module: Any, given: Any, result: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            parameter.data = narrow.pop(id(parameter), parameter.data)
+
+    hooks = []
+    for module in model.modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            hooks.append(module.register_forward_pre_hook(widen))
+            hooks.append(module.register_forward_hook(back, always_call=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
