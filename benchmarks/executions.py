@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import lookahead_decoding as ld
 from lookahead_decoding.bench.result import LOOP, SHORT, distinct_share
 from lookahead_decoding.profile import device_name
+from lookahead_decoding.text import chat_ids
 
 METHODS: dict[str, tuple[ld.LookaheadConfig | None, str]] = {
     "hf-greedy": (None, ""),
@@ -44,6 +45,15 @@ def read_speed() -> float:
         block.sum()
         times.append(time.perf_counter() - start)
     return round(block.nbytes / min(times) / 1e9, 1)
+
+
+def ids_of(tokenizer: Any, text: str | list[str], chat: bool) -> torch.Tensor:
+    """Token ids of a prompt, (1, length): of the first turn where there are several, in the chat template if asked."""
+    text = text[0] if isinstance(text, list) else text
+    if not chat:
+        return torch.tensor([tokenizer(text).input_ids])
+    talk = [{"role": "user", "content": text}]
+    return torch.tensor([chat_ids(tokenizer, talk)])
 
 
 def main() -> None:
@@ -82,14 +92,7 @@ def main() -> None:
         return out[0, ids.shape[1] :].tolist(), seconds, decoding.stats if decoding else None
 
     for number, text in enumerate([asked[0], *asked]):
-        if isinstance(text, list):
-            text = text[0]
-        talk = [{"role": "user", "content": text}]
-        if args.chat:
-            ids = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-            ids = ids["input_ids"]
-        else:
-            ids = tokenizer(text, return_tensors="pt").input_ids
+        ids = ids_of(tokenizer, text, args.chat)
         speed = read_speed()
         line: dict[str, Any] = {"prompt": number - 1, "read_gb_per_s": speed, "methods": {}}
         for name in names if number % 2 else names[::-1]:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import lookahead_decoding as ld
+from benchmarks.executions import ids_of
 from lookahead_decoding.profile import device_name
 
 FREE = ((1, 1.0),)
@@ -50,13 +51,7 @@ def main() -> None:
     counts: dict[str, list[int]] = {}
     invariant = True
     for text in asked[: args.limit]:
-        text = text[0] if isinstance(text, list) else text
-        if args.chat:
-            talk = [{"role": "user", "content": text}]
-            ids = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-            ids = ids["input_ids"]
-        else:
-            ids = tokenizer(text, return_tensors="pt").input_ids
+        ids = ids_of(tokenizer, text, args.chat)
         for temperature in map(float, args.temperatures.split(",")):
             options: dict[str, Any] = {"max_new_tokens": args.tokens, "pad_token_id": 0, "do_sample": temperature > 0}
             options |= {"temperature": temperature} if temperature else {}

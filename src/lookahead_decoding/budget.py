@@ -26,7 +26,8 @@ KEPT = 9
 """Times remembered per size."""
 
 SEEDED = 4
-"""Times that a size is taken to have had where it was timed before the first step; later steps push them out."""
+"""Steps of a size that are made up where it was timed before the first one; later steps push them out. As ever, the
+first of them does not count."""
 
 EVERY_STEP, SOMETIMES, FORGOTTEN = 64, 8, 256
 """Steps after each of which times are looked at; how often after that; and for how long a size is remembered."""

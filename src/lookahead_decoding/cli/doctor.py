@@ -233,9 +233,9 @@ def _report(
     times = dict(forwards)
     rows = result.of(fastest, looping)
     mean = {}
-    for name, plain in (("mean_acceptance_length", 1.0), ("rows_per_step", 1.0), ("plain_share", 1.0)):
+    for name in ("mean_acceptance_length", "rows_per_step", "plain_share"):
         found = [value for row in rows if (value := getattr(row, name)) is not None]
-        mean[name] = sum(found) / len(found) if found else plain
+        mean[name] = sum(found) / len(found) if found else 1.0  # which is what plain steps have, in all three
     speeds = {method: result.speed(method, looping) for method in result.methods}
     best = max((method for method in speeds if not method.startswith("lookahead@")), key=speeds.__getitem__)
     speedup, over_generate = (

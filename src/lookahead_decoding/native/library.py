@@ -11,7 +11,7 @@ import numpy as np
 import torch  # first: the library uses the threads that torch has loaded, and none of its own
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-"""The dtypes of weights that there is code for, as `step.c` numbers them."""
+"""The dtypes of weights that there is code for, as `step.h` numbers them."""
 
 EMBED, NORM, PROJECT, GATE, ACTIVATE, ROTATE, ATTEND, ADD_NORMED, NORM_HEADS, BEST = range(10)
 """Kinds of operations."""
@@ -74,7 +74,7 @@ class Program(ctypes.Structure):
 
 
 class Step(ctypes.Structure):
-    """What a step is given, and where it works; `step.c` says what each is."""
+    """What a step is given, and where it works; `step.h` says what each is."""
 
     _fields_ = [
         *((name, c_int32) for name in "rows kept threads best sequences".split()),

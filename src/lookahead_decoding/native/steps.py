@@ -47,7 +47,7 @@ LONGEST = 1024
 """Windows up to this size are passed by that comparison."""
 
 QUERIES = 4
-"""Query heads that a thread takes together, as `step.c` says."""
+"""Query heads that a thread takes together, as `step.h` says."""
 
 
 Row = tuple[int, int, int, Sequence[int], int]
