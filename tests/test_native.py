@@ -64,7 +64,7 @@ FAMILIES = {
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def started(model: torch.nn.Module, prompt: list[int], capacity: int = 200, batch: int = 1) -> NativeSteps:
+def started(model: torch.nn.Module, prompt: list[int], capacity: int = 800, batch: int = 1) -> NativeSteps:
     steps = NativeSteps(native_of(model), model, capacity, batch, "sdpa", 64)
     steps.prefill([prompt] * batch)
     steps.commit([[0]] * batch)
@@ -143,8 +143,12 @@ def test_answers_are_those_of_plain_decoding(config: ld.LookaheadConfig, dtype: 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_rows_bits_do_not_depend_on_its_neighbours_nor_on_where_its_keys_lie(dtype: torch.dtype, tiny: Tiny) -> None:
-    model, prompt = tiny("qwen2", dtype, **WIDE), prompt_of(37)[0].tolist()
+@pytest.mark.parametrize(("window", "length"), [(None, 37), (None, 253), (None, 511), (300, 600)])  # blocks have 256
+def test_a_rows_bits_do_not_depend_on_its_neighbours_nor_on_where_its_keys_lie(
+    dtype: torch.dtype, window: int | None, length: int, tiny: Tiny
+) -> None:
+    model = tiny("mistral", dtype, sliding_window=window, max_position_embeddings=800, **WIDE)
+    prompt = prompt_of(length)[0].tolist()
     path = [11, 7, 5, 3, 2]
     alone = started(model, prompt)
     wanted = []
@@ -172,8 +176,23 @@ def test_a_prompts_bits_do_not_depend_on_how_it_was_cut(tiny: Tiny, monkeypatch:
     tree = build_tree(5, candidates=[[3, 4]])
     wanted = started(model, prompt).forward([tree]).logits.clone()
     for chunk in (1, 7, 13):
-        monkeypatch.setattr(native_steps, "CHUNK", chunk)
-        assert torch.equal(started(model, prompt).forward([tree]).logits, wanted)
+        with monkeypatch.context() as patch:
+            patch.setattr(native_steps, "CHUNK", chunk)
+            assert torch.equal(started(model, prompt).forward([tree]).logits, wanted)
+
+
+@pytest.mark.parametrize("window", [None, 300])
+def test_blocks_of_positions_are_put_together(window: int | None, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("mistral", sliding_window=window, max_position_embeddings=800, **WIDE)
+    ids = prompt_of(700)
+    with torch.no_grad():
+        wanted = model(ids).logits[0]
+    for most in (1 << 24, 1):  # numbers of all blocks: a call with as many rows as it may have, and with few
+        monkeypatch.setattr(native_steps, "PARTIALS", most)
+        steps = NativeSteps(native_of(model), model, 800, 1, "sdpa", 700)
+        steps.cache.make_room(700)
+        found = steps._run(list(steps._rows_in(ids[0].tolist(), 0)), range(700))[0]
+        assert (found - wanted).norm() <= 2e-5 * wanted.norm()
 
 
 def test_threads_do_not_change_a_bit(tiny: Tiny, request: pytest.FixtureRequest) -> None:

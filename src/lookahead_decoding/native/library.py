@@ -83,6 +83,8 @@ class Step(ctypes.Structure):
         *((name, c_void_p) for name in "residual heads logits scores normed attended inner".split()),
         ("scores_of_a_thread", c_int64),
         ("normed_of_a_thread", c_int64),
+        ("partials", c_void_p),
+        ("blocks", c_int64),
         ("found", c_void_p),
         ("next", c_void_p),
     ]

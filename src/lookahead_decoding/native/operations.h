@@ -78,7 +78,8 @@ typedef struct {
     void *normed;
     float *scores;
     int thread;
-    int held; /* dtype of what products read */
+    int held;  /* dtype of what products read */
+    int pairs; /* keys are multiplied two numbers at a time */
 } Self;
 
 INLINE int64_t bytes(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
@@ -304,153 +305,7 @@ static void rotate(const Self *self, const Op *op) {
     }
 }
 
-/* What one row sees, in the order of positions. */
-typedef struct {
-    int64_t base;
-    const int32_t *path;
-    int prefix, first, end, size;
-} View;
-
-INLINE int64_t place(const View *view, int position) {
-    int slot = position < view->prefix ? position : view->prefix + view->path[position - view->prefix];
-    return view->base + (int64_t)slot * view->size;
-}
-
-/* Products of a query with the keys of sixteen positions. */
-INLINE void tile(const View *view, int at, const void *keys, const float *query, int dtype, V *products) {
-    for (int i = 0; i < TILE; i++) {
-        V sum = all(0.0f);
-        if (at + i >= view->first && at + i < view->end) {
-            int64_t key = place(view, at + i);
-            for (int d = 0; d < view->size; d += 16)
-                sum = fused(load(query + d), wide(keys, key + d, dtype), sum);
-        }
-        products[i] = sum;
-    }
-}
-
-#ifdef __AVX512BF16__
-/* The same by products of bfloat16; sizes are multiples of 32. */
-INLINE void half_tile(const View *view, int at, const uint16_t *keys, const uint16_t *query, V *products) {
-    for (int i = 0; i < TILE; i++) {
-        V sum = all(0.0f);
-        if (at + i >= view->first && at + i < view->end) {
-            int64_t key = place(view, at + i);
-            for (int d = 0; d < view->size; d += 32)
-                sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(query + d), (__m512bh)_mm512_loadu_si512(keys + key + d));
-        }
-        products[i] = sum;
-    }
-}
-#endif
-
-/* Weights of the positions that a query sees, not yet divided by their sum, which is returned. */
-#define WEIGHTS(name, type, product)                                                                        \
-    static float name(const View *view, const Program *program, float cap, const void *keys,                 \
-                                const void *query, float *scores) {                                                    \
-        V best = all(-INFINITY), sum = all(0.0f);                                          \
-        for (int at = view->first / TILE * TILE; at < view->end; at += TILE) {                                         \
-            V products[TILE];                                                                                     \
-            product;                                                                                                   \
-            V score = mul(sums(products), all(program->scale));                              \
-            if (cap > 0) {                                                                                             \
-                V bound = all(cap);                                                                    \
-                score = mul(hyperbolic_tangent(over(score, bound)), bound);                         \
-            }                                                                                                          \
-            score = between(score, view->first - at, view->end - at);                                                      \
-            store(scores + at, score);                                                                      \
-            best = larger(best, score);                                                                         \
-        }                                                                                                              \
-        V most = all(largest(best));                                                      \
-        for (int at = view->first / TILE * TILE; at < view->end; at += TILE) {                                         \
-            V score = load(scores + at);                                                               \
-            V weight = where_some(exponential(sub(score, most)), score);                                                   \
-            store(scores + at, weight);                                                                     \
-            sum = add(sum, weight);                                                                          \
-        }                                                                                                              \
-        return total(sum);                                                                              \
-    }
-WEIGHTS(weights, float, tile(view, at, keys, query, program->dtype, products))
-#ifdef __AVX512BF16__
-WEIGHTS(half_weights, uint16_t, half_tile(view, at, keys, query, products))
-#endif
-
-/* Sums of values by the weights of some queries that share them. */
-INLINE void mixed(const View *view, const void *values, int dtype, const float *scores, int64_t by, int from,
-                       V (*sum)[MOST / 16], const int queries, const int parts) {
-    for (int q = 0; q < queries; q++)
-        for (int i = 0; i < parts; i++) sum[q][i] = all(0.0f);
-    for (int position = view->first; position < view->end; position++) {
-        int64_t value = place(view, position) + from;
-        V row[MOST / 16] = {all(0.0f)};
-#pragma GCC unroll 4
-        for (int i = 0; i < parts; i++) row[i] = wide(values, value + 16 * i, dtype);
-#pragma GCC unroll 4
-        for (int q = 0; q < queries; q++) {
-            V weight = all(scores[q * by + position]);
-#pragma GCC unroll 4
-            for (int i = 0; i < parts; i++) sum[q][i] = fused(weight, row[i], sum[q][i]);
-        }
-    }
-}
-
-/* Some query heads of one row that share a key head. */
-static void attend_some(const Self *self, const Op *op, int row, int head, int queries) {
-    const Program *program = self->program;
-    const Step *step = self->step;
-    int size = program->size, dtype = program->dtype, joined = program->heads + 2 * program->key_heads;
-    View view = {beginning(step, op, row, head / (program->heads / program->key_heads), size),
-                 step->path + step->start[row], step->prefix[row], 0, 0, size};
-    view.end = view.prefix + step->start[row + 1] - step->start[row];
-    if (op->option > 0 && view.end > op->option) view.first = view.end - op->option; /* a window */
-    if (op->option < 0) view.first = (view.end - 1) / -op->option * -op->option;     /* the last of its chunks */
-    int64_t by = self->step->scores_of_a_thread / 4 / QUERIES;
-    float whole[QUERIES];
-    for (int q = 0; q < queries; q++) {
-        const float *query = step->heads + ((int64_t)row * joined + head + q) * size;
-        const void *keys = step->keys[op->layer];
-#ifdef __AVX512BF16__
-        if (dtype == BFLOAT16 && size % 32 == 0) {
-            uint16_t narrowed[512];
-            copied(narrowed, 0, query, size, dtype);
-            whole[q] = half_weights(&view, program, op->factor, keys, narrowed, self->scores + q * by);
-            continue;
-        }
-#endif
-        whole[q] = weights(&view, program, op->factor, keys, query, self->scores + q * by);
-    }
-    for (int d = 0; d < size; d += MOST) {
-        V sum[QUERIES][MOST / 16];
-        int parts = (size - d < MOST ? size - d : MOST) / 16;
-        const void *values = step->values[op->layer];
-#define MIX(n, p) mixed(&view, values, dtype, self->scores, by, d, sum, n, p)
-        if (parts == 4 && queries == 4 && TOGETHER >= 4) MIX(4, 4);
-        else if (parts == 4 && queries == 3 && TOGETHER >= 3) MIX(3, 4);
-        else if (parts == 4 && queries == 2 && TOGETHER >= 2) MIX(2, 4);
-        else if (parts == 4 && queries == 1) MIX(1, 4);
-        else MIX(queries, parts);
-        for (int q = 0; q < queries; q++)
-            for (int i = 0; i < parts; i++) {
-                V share = all(1.0f / whole[q]);
-                int64_t to = ((int64_t)row * program->heads + head + q) * size + d + 16 * i;
-                narrow(step->attended, to, mul(sum[q][i], share), self->held);
-            }
-    }
-}
-
-static void attend(const Self *self, const Op *op, int64_t *next) {
-    const Step *step = self->step;
-    int groups = self->program->heads / self->program->key_heads, most = groups < TOGETHER ? groups : TOGETHER;
-    if (step->rows * self->program->key_heads < 4 * step->threads) most = 1; /* or some threads had nothing to do */
-    int parts = (groups + most - 1) / most;
-    int64_t tasks = (int64_t)step->rows * self->program->key_heads * parts, some = tasks / (8 * step->threads) + 1;
-    for (int64_t task = take(next, some); task < tasks; task = take(next, some))
-        for (int64_t end = task + some; task < end && task < tasks; task++) {
-            int row = (int)(task % step->rows), part = (int)(task / step->rows); /* rows share keys */
-            int first = part % parts * most, queries = groups - first < most ? groups - first : most;
-            attend_some(self, op, row, part / parts * groups + first, queries);
-        }
-}
+#include "attention.h"
 
 /* The best tokens of each row, best first; of equal ones the first. */
 static void best(const Self *self) {
@@ -484,10 +339,10 @@ static void best(const Self *self) {
 
 void RUN(const Program *program, const Step *step, void *barrier, int thread) {
     Self self = {program, step, single_product, (char *)step->normed + thread * step->normed_of_a_thread,
-                 (float *)((char *)step->scores + thread * step->scores_of_a_thread), thread, FLOAT32};
+                 (float *)((char *)step->scores + thread * step->scores_of_a_thread), thread, FLOAT32, 0};
     if (program->dtype == BFLOAT16) {
 #ifdef __AVX512BF16__
-        self.product = half_product, self.held = BFLOAT16;
+        self.product = half_product, self.held = BFLOAT16, self.pairs = program->size % 32 == 0;
 #else
         self.product = split_product;
 #endif
@@ -504,7 +359,7 @@ void RUN(const Program *program, const Step *step, void *barrier, int thread) {
             case ADD_NORMED: add_normed(&self, op); break;
             case NORM_HEADS: norm_heads(&self, op); break;
             case ROTATE: rotate(&self, op); break;
-            case ATTEND: attend(&self, op, next); break;
+            case ATTEND: attend(&self, op, next, barrier); break;
             case BEST: best(&self); break;
         }
         lookahead_meet(barrier, step->threads);

@@ -13,7 +13,7 @@
 
 #include <stdint.h>
 
-enum { PANEL = 32, AHEAD = 3072, TILE = 16, MOST = 64, QUERIES = 4 };
+enum { PANEL = 32, AHEAD = 3072, TILE = 16, MOST = 64, SHARING = 64, SPAN = 256 };
 enum Dtype { FLOAT32 = 0, BFLOAT16 = 1 };
 enum Kind { EMBED, NORM, PROJECT, GATE, ACTIVATE, ROTATE, ATTEND, ADD_NORMED, NORM_HEADS, BEST };
 enum Norm { ROOT_MEAN_SQUARE = 0, LAYER_NORM = 1, NO_NORM = 2 };
@@ -48,6 +48,8 @@ typedef struct {
     float *residual, *heads, *logits, *scores;
     void *normed, *attended, *inner;
     int64_t scores_of_a_thread, normed_of_a_thread; /* in bytes */
+    float *partials; /* (rows, heads, blocks, 2 + size): of each block of positions, see attention.h */
+    int64_t blocks;
     int32_t *found;                                 /* (kept, best) */
     int64_t *next;                                  /* of each operation: what is not taken yet */
 } Step;

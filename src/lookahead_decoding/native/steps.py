@@ -46,8 +46,11 @@ SAMPLE = 24
 LONGEST = 1024
 """Windows up to this size are passed by that comparison."""
 
-QUERIES = 4
-"""Query heads that a thread takes together, as `step.h` says."""
+SHARING, SPAN, TILE = 64, 256, 16
+"""Queries that share keys, positions of a block and of a tile of attention, as `step.h` has them."""
+
+PARTIALS = 1 << 24
+"""Numbers that the blocks of a call's rows give, at most, before they are put together."""
 
 
 Row = tuple[int, int, int, Sequence[int], int]
@@ -70,7 +73,9 @@ class Native:
         self._attended = torch.empty(CHUNK, made.heads * made.size, dtype=torch.float32)  # or half of that, in bfloat16
         self._inner = torch.empty(CHUNK, made.inner, dtype=torch.float32)
         self._normed = torch.empty(0, CHUNK * made.hidden + 32, dtype=torch.float32)  # of each thread
-        self._scores = torch.empty(0, 0, dtype=torch.float32)
+        scores = SHARING * SPAN + (2 * SHARING + TILE) * made.size
+        self._scores = torch.empty(0, scores, dtype=torch.float32)  # of each thread
+        self._partials = torch.empty(0, dtype=torch.float32)
         self._next = np.zeros(8 * len(made.ops), dtype=np.int64)
         self._program = made.program()
         self._logits = torch.empty(0, dtype=torch.float32)
@@ -97,7 +102,8 @@ class Native:
             raise IndexError(f"token ids must be from 0 to {self.made.tokens - 1}")
         if self.made.positions and max(positions) + shift >= self.made.positions:
             raise IndexError(f"the model has learned {self.made.positions} positions, and the text is longer")
-        self._make_room(max(positions) + shift + 1, cache.capacity, len(keep), threads)
+        blocks = self._blocks(rows)
+        self._make_room(max(positions) + shift + 1, len(rows) * self._partial(blocks), len(keep), threads)
         logits, found = self._logits[: len(keep)], np.zeros((len(keep), RANKS), dtype=np.int32)
         starts = np.cumsum([0, *map(len, paths)])
         flat = [node for path in paths for node in path]
@@ -119,6 +125,7 @@ class Native:
         step.attended, step.inner = pointer(self._attended), pointer(self._inner)
         step.scores_of_a_thread = 4 * self._scores.shape[1]
         step.normed_of_a_thread = 4 * self._normed.shape[1]
+        step.partials, step.blocks = pointer(self._partials), blocks
         step.found, step.next = pointer(found), pointer(self._next)
         code = library()
         assert code is not None
@@ -126,14 +133,27 @@ class Native:
         best = torch.from_numpy(found)
         return logits, torch.cat([best[:, :1], best], 1)
 
-    def _make_room(self, positions: int, capacity: int, kept: int, threads: int) -> None:
-        """See that there are angles, scores and logits for so many."""
+    def most(self, rows: Sequence[Row]) -> int:
+        """How many of these rows a call may have."""
+        return min(CHUNK, max(TILE, PARTIALS // max(1, self._partial(self._blocks(rows)))))
+
+    def _blocks(self, rows: Sequence[Row]) -> int:
+        """Blocks of positions that a row sees, at most."""
+        return max(prefix + len(path) for _, _, prefix, path, _ in rows) // SPAN + 1
+
+    def _partial(self, blocks: int) -> int:
+        """Numbers that the blocks of a row give; a single one needs no place for them."""
+        return 0 if blocks == 1 else blocks * self.made.heads * (self.made.size + 2)
+
+    def _make_room(self, positions: int, partials: int, kept: int, threads: int) -> None:
+        """See that there are angles, scores, partial sums and logits for so many."""
         if self.made.tables and (not self._angles or len(self._angles[0][0]) < positions):
             self._angles = [table(max(512, 2 * positions)) for table in self.made.tables]
         if len(self._normed) < threads:
             self._normed = torch.empty(threads, self._normed.shape[1], dtype=torch.float32)
-        if len(self._scores) < threads or self._scores.shape[1] < QUERIES * (capacity + 32):
-            self._scores = torch.empty(threads, QUERIES * (capacity + 32), dtype=torch.float32)
+            self._scores = torch.empty(threads, self._scores.shape[1], dtype=torch.float32)
+        if len(self._partials) < partials:
+            self._partials = torch.empty(partials, dtype=torch.float32)
         if len(self._logits) < kept:
             self._logits = torch.empty(kept, self.made.vocabulary, dtype=torch.float32)
 
@@ -203,12 +223,13 @@ class NativeSteps(TreeSteps):
     def _run(self, rows: Sequence[Row], keep: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Native.run`, in as many calls as it takes; no row sees one of a later call, and `keep` ascends."""
         shift = int(self._shifts[0])
-        if len(rows) <= CHUNK:
+        most = self.native.most(rows)
+        if len(rows) <= most:
             return self.native.run(self.cache, rows, keep, shift)
         found = []
-        for at in range(0, len(rows), CHUNK):
-            kept = [row - at for row in keep if at <= row < at + CHUNK]
-            logits, best = self.native.run(self.cache, rows[at : at + CHUNK], kept, shift)
+        for at in range(0, len(rows), most):
+            kept = [row - at for row in keep if at <= row < at + most]
+            logits, best = self.native.run(self.cache, rows[at : at + most], kept, shift)
             found.append((logits.clone(), best))
         return torch.cat([logits for logits, _ in found]), torch.cat([best for _, best in found])
 

@@ -112,20 +112,36 @@ INLINE void narrow(void *to, int64_t at, V x, int dtype) {
     narrow_half((uint16_t *)to + at + 8, x.high);
 }
 
-INLINE __m256 eight_sums(const V *v) {
-    __m256 t[8];
-    for (int i = 0; i < 8; i++) t[i] = _mm256_add_ps(v[i].low, v[i].high);
-    __m256 first = _mm256_hadd_ps(_mm256_hadd_ps(t[0], t[1]), _mm256_hadd_ps(t[2], t[3]));
-    __m256 second = _mm256_hadd_ps(_mm256_hadd_ps(t[4], t[5]), _mm256_hadd_ps(t[6], t[7]));
-    return _mm256_add_ps(_mm256_permute2f128_ps(first, second, 0x20), _mm256_permute2f128_ps(first, second, 0x31));
+INLINE void eight_transposed(__m256 *v) {
+    __m256 a[8];
+    for (int i = 0; i < 8; i += 4) {
+        __m256 x = _mm256_unpacklo_ps(v[i], v[i + 1]), y = _mm256_unpackhi_ps(v[i], v[i + 1]);
+        __m256 z = _mm256_unpacklo_ps(v[i + 2], v[i + 3]), w = _mm256_unpackhi_ps(v[i + 2], v[i + 3]);
+        a[i] = _mm256_shuffle_ps(x, z, 0x44), a[i + 1] = _mm256_shuffle_ps(x, z, 0xee);
+        a[i + 2] = _mm256_shuffle_ps(y, w, 0x44), a[i + 3] = _mm256_shuffle_ps(y, w, 0xee);
+    }
+    for (int i = 0; i < 4; i++) {
+        v[i] = _mm256_permute2f128_ps(a[i], a[i + 4], 0x20);
+        v[i + 4] = _mm256_permute2f128_ps(a[i], a[i + 4], 0x31);
+    }
 }
 
-/* Sixteen vectors to the sums of each. */
-INLINE V sums(const V *v) { return (V){eight_sums(v), eight_sums(v + 8)}; }
+/* Sixteen vectors, so that the first has the first lanes of all. */
+INLINE void transposed(V *v) {
+    __m256 parts[4][8];
+    for (int i = 0; i < 8; i++) {
+        parts[0][i] = v[i].low, parts[1][i] = v[i].high, parts[2][i] = v[i + 8].low, parts[3][i] = v[i + 8].high;
+    }
+    for (int i = 0; i < 4; i++) eight_transposed(parts[i]);
+    for (int i = 0; i < 8; i++) {
+        v[i] = (V){parts[0][i], parts[2][i]};
+        v[i + 8] = (V){parts[1][i], parts[3][i]};
+    }
+}
 
 /* ---- products: a panel for some rows, out[row][32] ---- */
 
-enum { BLOCK = 12, TOGETHER = 1 };
+enum { BLOCK = 12, ASKED = 4, MIXED = 1 };
 
 INLINE void split_block(const uint16_t *w, const float *x, int64_t by, int inputs, float *out, const int rows) {
     __m256 sum[3][4];

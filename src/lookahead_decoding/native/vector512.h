@@ -56,23 +56,36 @@ INLINE void narrow(void *to, int64_t at, V x, int dtype) {
     _mm256_storeu_si256((__m256i *)((uint16_t *)to + at), _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
 }
 
-/* Sixteen vectors to the sums of each. */
-INLINE V sums(const V *v) {
-    V a[8], b[4];
-    for (int i = 0; i < 8; i++)
-        a[i] = add(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
-    for (int i = 0; i < 4; i++) {
-        __m512d x = _mm512_castps_pd(a[2 * i]), y = _mm512_castps_pd(a[2 * i + 1]);
-        b[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+/* Sixteen vectors, so that the first has the first lanes of all. Numbers are moved and not computed with. */
+INLINE void transposed(V *v) {
+    V a[16];
+    for (int i = 0; i < 16; i += 4) {
+        __m512d x = _mm512_castps_pd(_mm512_unpacklo_ps(v[i], v[i + 1])), y = _mm512_castps_pd(_mm512_unpackhi_ps(v[i], v[i + 1]));
+        __m512d z = _mm512_castps_pd(_mm512_unpacklo_ps(v[i + 2], v[i + 3]));
+        __m512d w = _mm512_castps_pd(_mm512_unpackhi_ps(v[i + 2], v[i + 3]));
+        a[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, z)), a[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, z));
+        a[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(y, w)), a[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(y, w));
     }
-    V c = add(_mm512_shuffle_f32x4(b[0], b[1], 0x88), _mm512_shuffle_f32x4(b[0], b[1], 0xdd));
-    V d = add(_mm512_shuffle_f32x4(b[2], b[3], 0x88), _mm512_shuffle_f32x4(b[2], b[3], 0xdd));
-    return add(_mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xdd));
+    for (int i = 0; i < 4; i++) {
+        V x = _mm512_shuffle_f32x4(a[i], a[i + 4], 0x88), y = _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd);
+        V z = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0x88), w = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0xdd);
+        v[i] = _mm512_shuffle_f32x4(x, z, 0x88), v[i + 4] = _mm512_shuffle_f32x4(y, w, 0x88);
+        v[i + 8] = _mm512_shuffle_f32x4(x, z, 0xdd), v[i + 12] = _mm512_shuffle_f32x4(y, w, 0xdd);
+    }
 }
+
+#ifdef __AVX512BF16__
+/* A pair of bfloat16, multiplied with sixteen pairs. */
+INLINE V pairs_fused(V many, const uint16_t *pair, V sum) {
+    int32_t both;
+    memcpy(&both, pair, 4);
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_castps_si512(many), (__m512bh)_mm512_set1_epi32(both));
+}
+#endif
 
 /* ---- products: a panel for some rows, out[row][32] ---- */
 
-enum { BLOCK = 12, TOGETHER = 4 };
+enum { BLOCK = 12, ASKED = 8, MIXED = 4 };
 
 #ifdef __AVX512BF16__
 INLINE void half_block(const uint16_t *w, const uint16_t *x, int64_t by, int inputs, float *out, const int rows) {
