@@ -110,13 +110,11 @@ def main() -> None:
             of_model = result["models"][Path(name).name] = {}
             for context in contexts:
                 found = of_model[context] = measure(model, context, sizes, args.times, dtype)
-                print(
-                    f"{Path(name).name}, context {context}: {found['read_gb_per_s']} GB/s, {found['gflop_per_s']} GFLOP/s"
-                )
+                speeds = f"{found['read_gb_per_s']} GB/s, {found['gflop_per_s']} GFLOP/s"
+                print(f"{Path(name).name}, context {context}: {speeds}")
                 for rows, line in found["rows"].items():
-                    print(
-                        f"  {rows:3} rows  {line['ms']:8.2f} ms, limit {line['limit_ms']:8.2f} ({line['limited_by']}), {line['over_limit']:.2f}"
-                    )
+                    limit = f"limit {line['limit_ms']:8.2f} ({line['limited_by']})"
+                    print(f"  {rows:3} rows  {line['ms']:8.2f} ms, {limit}, {line['over_limit']:.2f}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1) + "\n")

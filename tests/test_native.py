@@ -17,6 +17,7 @@ from lookahead_decoding.native import steps as native_steps
 from lookahead_decoding.native.library import why_no_library
 from lookahead_decoding.native.program import NoProgramError
 from lookahead_decoding.native.steps import NativeSteps, native_of
+from lookahead_decoding.target import Target
 from lookahead_decoding.tree import TokenTree, build_tree
 from test_exactness import GREEDY, SAMPLED, batch_of, prompt_of
 
@@ -279,6 +280,34 @@ def test_what_hangs_on_a_model_later_is_seen(tiny: Tiny) -> None:
     native_of(model)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_model_that_gives_up_its_weights_answers_as_before(tied: bool, dtype: torch.dtype, tiny: Tiny) -> None:
+    model, ids = tiny("llama", dtype, tie_word_embeddings=tied, **WIDE), prompt_of(9)
+    options = {"max_new_tokens": 30, "eos_token_id": None, **GREEDY}
+    wanted = ld.generate(model, ids, lookahead=ld.LookaheadDecoding(execution="native"), **options).tolist()
+    machine = Target(model, 8).machine
+    decoding = ld.LookaheadDecoding(release=True)
+    for _ in range(2):
+        assert ld.generate(model, ids, lookahead=decoding, **options).tolist() == wanted
+        assert sum(p.numel() for p in model.parameters()) == 0
+        assert Target(model, 8).machine == machine  # a profile that was kept for it still serves
+    assert ld.generate(model, ids, **options).tolist() == wanted
+    eager = ld.LookaheadDecoding(execution="eager")
+    with pytest.raises(ValueError, match="load the model again"):
+        ld.generate(model, ids, lookahead=eager, **options)
+    decoding.close()
+    with pytest.raises(ValueError, match="load the model again"):
+        ld.generate(model, ids, **options)
+
+
+def test_a_model_without_a_program_keeps_its_weights(tiny: Tiny) -> None:
+    model = tiny("llama", **WIDE)
+    with pytest.raises(ValueError, match="leave release out"):
+        ld.generate(model, prompt_of(9), lookahead=ld.LookaheadDecoding(execution="eager", release=True))
+    assert all(p.numel() for p in model.parameters())
+
+
 def test_an_adapter_has_no_program(tiny: Tiny) -> None:
     peft = pytest.importorskip("peft")
     settings = peft.LoraConfig(init_lora_weights=False, target_modules=["q_proj", "v_proj"])
@@ -326,8 +355,8 @@ def test_the_default_dtype_does_not_matter(tiny: Tiny, request: pytest.FixtureRe
 
 def test_a_program_that_computes_something_else_is_not_used(tiny: Tiny) -> None:
     model = copy.deepcopy(tiny("llama", **WIDE))
-    model.model.layers[0].self_attn.scaling *= 1.5  # in one layer alone, which no recipe expects
-    with pytest.raises(NoProgramError, match="its logits differ from the program's"):
+    model.model.layers[1].self_attn.scaling *= 1.5  # in one layer alone, which no recipe expects
+    with pytest.raises(NoProgramError, match=r"its logits differ from the program's.*, first in layer 1 of 2"):
         native_of(model)
 
 

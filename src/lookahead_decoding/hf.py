@@ -233,6 +233,8 @@ class LookaheadDecoding:
         shared: a namespace of a `SharedPool`: candidates come from what its earlier requests have left, and what this
             one answers joins it once it is finished.
         execution: how a step runs, "auto", "eager", "packed", "native", "captured" or "compiled" (see `Target`).
+        release: where a step runs as native code, which has a copy of the weights, the model gives up its own: it is
+            in memory once, and can do nothing any more but answer through this library.
         parallel: the ranks that share every step, as `ld.parallel()` gives them.
 
     Attributes:
@@ -252,6 +254,7 @@ class LookaheadDecoding:
         propose: Propose | None = None,
         shared: Namespace | None = None,
         execution: str = "auto",
+        release: bool = False,
         parallel: Ranks | None = None,
     ) -> None:
         if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
@@ -262,6 +265,8 @@ class LookaheadDecoding:
             raise TypeError(f"parallel must be what ld.parallel() gives, got {type(parallel).__name__}")
         if execution not in EXECUTIONS:
             raise ValueError(f"execution must be one of {', '.join(EXECUTIONS)}, got {execution!r}")
+        if release and parallel is not None:
+            raise ValueError("release: ranks compare their weights and keep them; leave it out")
         if config is not None and not isinstance(config, LookaheadConfig):
             raise TypeError(f"config must be a LookaheadConfig, got {type(config).__name__}")
         if stop_strings is not None and tokenizer is None:
@@ -277,6 +282,7 @@ class LookaheadDecoding:
         self.propose = propose
         self.shared = _shared(shared, self.config)
         self.execution = execution
+        self.release = release
         self.parallel = parallel
         self.stats = Stats()
         self.finish_reasons: list[str] = []
@@ -373,7 +379,11 @@ class LookaheadDecoding:
         rows_of_tree = max_rows(self.config, own_source=self.propose is not None)
         capacity = longest + rows_of_tree
         size = {"capacity": capacity, "batch": len(requests), "execution": self.execution, "max_rows": rows_of_tree}
-        target = Target(model, **size) if self.parallel is None else ShardedTarget(model, **size, ranks=self.parallel)
+        target = (
+            Target(model, **size, released=self.release)
+            if self.parallel is None
+            else ShardedTarget(model, **size, ranks=self.parallel)
+        )
         target.check_length(before + max(len(r.prompt) - r.cached for r in requests), longest)
         if before:
             known = requests[0].prompt[: requests[0].cached] if requests[0].cached == before else None
@@ -475,6 +485,7 @@ def generate(
         propose=base.propose,
         shared=base.shared,
         execution=base.execution,
+        release=base.release,
         parallel=base.parallel,
     )
     decoding.stop_strings = base.stop_strings

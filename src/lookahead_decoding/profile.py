@@ -57,7 +57,7 @@ class Machine:
 
 def machine_of(model: Any, execution: str, batch: int = 1) -> Machine:
     """The machine that a model runs on, with the model itself."""
-    shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
+    shapes = [(name, getattr(p, "released", tuple(p.shape)), str(p.dtype)) for name, p in model.named_parameters()]
     config = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_")}
     text = json.dumps([config, shapes], sort_keys=True, default=str)
     return Machine(

@@ -18,7 +18,7 @@ from .config import EXECUTIONS, LookaheadConfig, LookaheadWarning
 from .evaluate import device_of, text_config, unwrapped
 from .memory import memory_of
 from .native.program import NoProgramError
-from .native.steps import Native, NativeSteps, native_of, step_seconds
+from .native.steps import Native, NativeSteps, is_released, native_of, release, step_seconds
 from .probe import Steps, Strategy, probe
 from .rope import switch_of
 from .rows import Lockstep, RowSteps
@@ -53,6 +53,7 @@ class Target:
             A copy is kept for the model's life, and made anew when the weights have changed; of changes made through
             `.data`, a sample is looked at.
         max_rows: of a tree, for which layers with a window keep room.
+        released: the model gives up its own weights, and answers by its native program from here on.
 
     Attributes:
         strategy: how the model checks candidates; see `probe`.
@@ -64,7 +65,13 @@ class Target:
     """
 
     def __init__(
-        self, model: PreTrainedModel, capacity: int, batch: int = 1, execution: str = "auto", max_rows: int = ROOM
+        self,
+        model: PreTrainedModel,
+        capacity: int,
+        batch: int = 1,
+        execution: str = "auto",
+        max_rows: int = ROOM,
+        released: bool = False,
     ) -> None:
         if execution not in EXECUTIONS:
             raise ValueError(f"execution must be one of {', '.join(EXECUTIONS)}, got {execution!r}")
@@ -80,8 +87,15 @@ class Target:
         together = strategy.name == "tree" and (strategy.horizon is None or batch == 1)
         if not together and execution in ("native", "captured", "compiled"):
             raise ValueError(f"execution={execution!r} cannot be: {strategy.drawback}. Leave it out")
-        native = self._native(execution) if together and strategy.horizon is None else None
+        native = self._native(execution, released) if together and strategy.horizon is None else None
+        if native is None and (released or is_released(model)):
+            raise ValueError(
+                "a model can do without its own weights only where its steps run as native code: "
+                "leave release out and load the model again; `lookahead doctor` says why they do not"
+            )
         if native is not None:
+            if released:
+                release(model)
             self.steps = NativeSteps(native, model, capacity, batch, strategy.attention, max_rows)
             return
         wanted = best_way(model) if execution == "auto" else execution
@@ -108,13 +122,13 @@ class Target:
         else:
             self.steps = Lockstep(model, capacity, batch)
 
-    def _native(self, execution: str) -> Native | None:
+    def _native(self, execution: str, released: bool) -> Native | None:
         """The model's program, where steps are to run as one; None where they are not.
 
         Raises:
             ValueError: that was asked for, and it has none.
         """
-        unasked = execution == "auto" and not_unasked(self.model)
+        unasked = execution == "auto" and not released and not_unasked(self.model)
         if execution not in ("auto", "native") or unasked:
             return None
         try:

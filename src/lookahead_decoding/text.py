@@ -97,6 +97,7 @@ def stream(
     propose: Propose | None = None,
     shared: Namespace | None = None,
     execution: str = "auto",
+    release: bool = False,
     parallel: Ranks | None = None,
     **kwargs: Any,
 ) -> Iterator[StreamStep]:
@@ -114,6 +115,7 @@ def stream(
         seed: for sampling; torch's own generator is used if left out.
         propose, shared: further sources of candidates (see `LookaheadDecoding`).
         execution: how a step runs (see `Target`).
+        release: the model gives up its own weights (see `LookaheadDecoding`).
         parallel: the ranks that share every step; each of them takes the same steps.
         kwargs: what `model.generate` takes, such as `max_new_tokens`, `do_sample` or `stop_strings`.
 
@@ -156,6 +158,7 @@ def stream(
         propose=propose,
         shared=shared,
         execution=execution,
+        release=release,
         parallel=parallel,
     )
     input_ids = torch.tensor([ids], device=device_of(model))

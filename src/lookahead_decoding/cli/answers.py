@@ -51,6 +51,17 @@ def batches(
             yield same[first : first + size], length
 
 
+def releases(model: PreTrainedModel, execution: str, ranks: object = None) -> bool:
+    """Whether a model that a command has loaded for itself can give up its own weights, for those of its program.
+
+    Raises:
+        ValueError: its steps cannot run as asked.
+    """
+    from ..target import Target
+
+    return ranks is None and Target(model, 8, execution=execution).execution == "native"
+
+
 def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

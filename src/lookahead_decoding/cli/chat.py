@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..config import LookaheadConfig
+from .answers import releases
 from .loading import Problem, check_text, first_line, load, sampling
 from .options import dtype_option, lookahead_options, model_options, plain_option, sampling_options, shared_options
 from .printing import in_width
@@ -83,6 +84,7 @@ def chat(
             _tell(f"[{first_line(problem)}]")
             continue
         try:
+            options["release"] = releases(target, execution)
             steps = stream(target, tokenizer, ids, lookahead=config, seed=seed, max_new_tokens=length, **options)
             said, reason = "", None
             with _until_interrupted() as interrupted:

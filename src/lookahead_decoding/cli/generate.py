@@ -11,7 +11,7 @@ import click
 
 from ..config import LookaheadConfig
 from ..torchrun import speaks
-from .answers import Answer, answer, batches
+from .answers import Answer, answer, batches, releases
 from .loading import Problem, Prompt, encode, first_line, load, read_prompts, sampling
 from .options import (
     dtype_option,
@@ -105,7 +105,13 @@ def generate(
             printer = _Printer(tokenizer, enabled=not as_json and len(encoded) == 1 and speaks())
             try:
                 decoding = LookaheadDecoding(
-                    config, tokenizer=tokenizer, seeds=seeds, shared=shared, execution=execution, parallel=ranks
+                    config,
+                    tokenizer=tokenizer,
+                    seeds=seeds,
+                    shared=shared,
+                    execution=execution,
+                    release=releases(target, execution, ranks),
+                    parallel=ranks,
                 )
                 answers = answer(
                     target,

@@ -39,8 +39,9 @@ class Op(ctypes.Structure):
         origin, to: what a projection reads and writes.
         outputs, inputs: of a projection; of a norm of heads, how many numbers they have.
         layer: of the cache; of a norm of heads, where in a row they begin.
-        option: of a norm, one of the kinds below; of a feed-forward network, the activation; of a rotation, 1 turns
-            pairs that lie side by side and not halves; of attention, its window, or minus the size of its chunks, or 0.
+        option: of an embedding, 1 where its table lies in panels; of a norm, one of the kinds above; of a feed-forward
+            network, the activation; of a rotation, 1 turns pairs that lie side by side and not halves; of attention,
+            its window, or minus the size of its chunks, or 0.
         kept: only rows that need logits.
         span: of the layer's slots.
         table: of a rotation's angles.

@@ -86,13 +86,29 @@ INLINE int64_t bytes(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
 INLINE int64_t take(int64_t *next, int64_t count) { return __atomic_fetch_add(next, count, __ATOMIC_RELAXED); }
 
+/* Numbers of a table that lies in panels, as that of a head does which shares it. */
+INLINE V of_panels(const void *table, int64_t row, int from, int size, int dtype) {
+    float numbers[16];
+    int64_t panel = row / PANEL * PANEL * size, lane = row % PANEL;
+    for (int i = 0, k = from; i < 16; i++, k++) {
+        if (dtype == FLOAT32) {
+            numbers[i] = ((const float *)table)[panel + (int64_t)k * PANEL + lane];
+            continue;
+        }
+        uint32_t bits = (uint32_t)((const uint16_t *)table)[panel + (int64_t)(k / 2 * PANEL + lane) * 2 + k % 2] << 16;
+        memcpy(numbers + i, &bits, sizeof bits);
+    }
+    return load(numbers);
+}
+
 static void embed(const Self *self, const Op *op) {
     const Program *program = self->program;
     const Step *step = self->step;
     V factor = all(op->factor);
     for (int row = self->thread; row < step->rows; row += step->threads)
         for (int i = 0; i < program->hidden; i += 16) {
-            V x = wide(op->weight, step->ids[row] * program->hidden + i, program->dtype);
+            V x = op->option ? of_panels(op->weight, step->ids[row], i, program->hidden, program->dtype)
+                             : wide(op->weight, step->ids[row] * program->hidden + i, program->dtype);
             x = mul(x, factor);
             if (op->second) /* learned positions */
                 x = add(x, wide(op->second, (int64_t)step->angle[row] * program->hidden + i, program->dtype));

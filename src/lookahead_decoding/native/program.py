@@ -127,6 +127,7 @@ class Made:
         cap: of the logits, by a tanh; 0 is none.
         tables: of angles, that rotations name by number.
         spans: of each layer, the number of its slots among those of the cache.
+        layers: the model's own layers, each with how many operations come before its end.
     """
 
     dtype: torch.dtype
@@ -142,6 +143,7 @@ class Made:
     cap: float = 0.0
     tables: list[Angles] = field(default_factory=list)
     spans: list[int] = field(default_factory=list)
+    layers: list[tuple[nn.Module, int]] = field(default_factory=list)
     ops: list[Op] = field(default_factory=list)
     _held: list[torch.Tensor] = field(default_factory=list)
     _arena: Arena = field(default_factory=Arena)

@@ -141,19 +141,23 @@ def read(model: Any, config: Any, spans: Sequence[int], windows: Sequence[int], 
         cap=float(getattr(config, "final_logit_softcapping", None) or 0.0),
         spans=list(spans),
     )
+    shared = head.weight is embedding.weight
     table = embedding.weight if inside["positions"] is None else inside["positions"].weight
     made.add(
         EMBED,
-        weight=made.hold(embedding.weight),
+        weight=None if shared else made.hold(embedding.weight),
         second=None if inside["positions"] is None else made.hold(table),
         factor=_embedding_factor(model, body, embedding, config),
     )
     rotations = dict(_rotations(made, inside["rotary"], config, len(layers), pairs))
     for number, layer in enumerate(layers):
         _layer(made, layer, number, windows[number], rotations, config)
+        made.layers.append((layer, len(made.ops)))
     made.norm(made.known(inside["last"]), kept=1)
     factor = float(getattr(model, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1))
     made.project(logits, origin=NORMED, to=TO_LOGITS, kept=1, factor=factor)
+    if shared:  # the head's panels serve both
+        made.ops[0].weight, made.ops[0].option = made.ops[-1].weight, 1
     made.add(BEST)
     return made
 

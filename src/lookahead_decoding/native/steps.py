@@ -40,6 +40,9 @@ TIMED = (1, 4, 8, 12, 16, 32, 64)
 TIMED_AT = 128
 """Tokens of context there."""
 
+APART = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""By how much what a layer gives may differ, as a share of its size, before it is said to be the one that differs."""
+
 SAMPLE = 24
 """Tokens on which they are compared."""
 
@@ -240,20 +243,51 @@ def native_of(model: Any) -> Native:
     Raises:
         NoProgramError: it has none; the message says why.
     """
+    if is_released(model) and _kept(model) is None:
+        raise NoProgramError("its weights were given up, and their copy with them; load the model again")
     if any(type(p) is not torch.nn.Parameter or p.device.type != "cpu" for p in model.parameters()):
         raise NoProgramError("its weights are not plain ones on the CPU")
     changed = (m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
     if any(changed) or torch.nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
         raise NoProgramError("hooks hang on its modules, or their forward was replaced")
-    made = memory_of(model).made
-    state = version_of(model), state_of(model)
-    if "native" not in made or made["native"][0] != state:
-        made.pop("native", None)
-        made["native"] = state, _proven(model)
-    found: Native | str = made["native"][1]
+    found = _kept(model)
+    if found is None:
+        made = memory_of(model).made
+        made.pop("native", None)  # gives its memory back first
+        found = _proven(model)
+        made["native"] = _version(model), found
     if isinstance(found, str):
         raise NoProgramError(found)
     return found
+
+
+def release(model: Any) -> None:
+    """Give up a model's own weights: what is left of them is the copy that its program has.
+
+    Raises:
+        NoProgramError: it has no program; the message says why.
+    """
+    native = native_of(model)
+    for parameter in () if is_released(model) else model.parameters():
+        parameter.released = tuple(parameter.shape)
+        parameter.data = parameter.data.new_empty(0)
+    memory_of(model).made["native"] = _version(model), native
+
+
+def is_released(model: Any) -> bool:
+    """Whether a model has given up its own weights."""
+    return all(hasattr(p, "released") and not p.numel() for p in model.parameters())
+
+
+def _version(model: Any) -> object:
+    """Equal as long as a program of the model is right."""
+    return version_of(model), state_of(model)
+
+
+def _kept(model: Any) -> Native | str | None:
+    """The program that was made of a model as it is, or why there is none; None if that has not been tried."""
+    version, found = memory_of(model).made.get("native", (None, None))
+    return found if version == _version(model) else None
 
 
 def why_no_native(model: Any) -> str:
@@ -294,18 +328,20 @@ def _proven(model: Any) -> Native | str:
         return reason
     try:
         with torch.inference_mode(False), torch.no_grad(), as_written(model):
-            off = float("inf")
+            off, where = float("inf"), ""
             for pairs in (False, True):
                 native = None  # the first one's memory, before there is a second
                 native = Native(_made(model, pairs))
-                off = min(off, _difference(native, model))
-                if off <= 1:
+                found = _difference(native, model)
+                if found <= 1:
                     return native
+                if found < off:
+                    off, where = found, _where(native, model)
     except NoProgramError as error:
         return str(error)
     except Exception as error:  # of a model unlike all others, which then runs as it is
         return f"no program can be made of it ({type(error).__name__}: {error})"
-    return f"its logits differ from the program's, by {off:.1f} times what rounding explains"
+    return f"its logits differ from the program's, by {off:.1f} times what rounding explains{where}"
 
 
 def _made(model: Any, pairs: bool = False) -> Made:
@@ -346,6 +382,35 @@ def _difference(native: Native, model: Any) -> float:
     with _in_float32(model):
         exact = logits()
     return float((found - exact).norm() / (NOISE * (own - exact).norm()))
+
+
+def _where(native: Native, model: Any) -> str:
+    """Where the program of a model first gives something else, in words; empty if that cannot be told."""
+    seen: list[torch.Tensor] = []
+
+    def look(module: Any, given: Any, result: Any) -> None:
+        seen.append((result[0] if isinstance(result, tuple) else result).detach().double().reshape(-1, hidden))
+
+    made, hidden = native.made, native.made.hidden
+    hooks = [layer.register_forward_hook(look) for layer, _ in made.layers]
+    ids = [(7 * i + 3) % made.tokens for i in range(SAMPLE)]
+    try:
+        with _in_float32(model):
+            model(input_ids=torch.tensor([ids]), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    steps = NativeSteps(native, model, SAMPLE, 1, str(text_config(model)._attn_implementation), SAMPLE)
+    steps.cache.make_room(SAMPLE)
+    rows, whole = list(steps._rows_in(ids, 0)), native._program.count
+    try:
+        for number, (wanted, (_, native._program.count)) in enumerate(zip(seen, made.layers, strict=True)):
+            steps._run(rows, [SAMPLE - 1])
+            if (native._residual[:SAMPLE].double() - wanted).norm() > APART[made.dtype] * wanted.norm():
+                return f", first in layer {number} of {len(seen)}"
+    finally:
+        native._program.count = whole
+    return ", first in its last norm or its head"
 
 
 @contextmanager
