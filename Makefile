@@ -45,6 +45,7 @@ test-install:  ## the wheel in an environment that pip fills by itself: the exam
 	.bare/bin/python -m pip install --quiet --disable-pip-version-check .bare/wheel/*.whl
 	.bare/bin/python -m pip list --disable-pip-version-check
 	awk '/^```python/ { inside = 1; next } /^```/ { if (inside) exit } inside' README.md > .bare/example.py
+	cd .bare && bin/python -c 'from lookahead_decoding.native.library import why_no_library as w; print(w() or "native steps")'
 	cd .bare && bin/python example.py
 	cd .bare && bin/lookahead generate pocket -p 'def add(a, b):' --max-new-tokens 32
 

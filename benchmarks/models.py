@@ -23,9 +23,10 @@ from transformers.utils import logging
 
 import lookahead_decoding as ld
 from benchmarks.drafts import right_and_wrong, watched
-from benchmarks.tiny import NOT_MADE, TYPES, tiny_model
+from benchmarks.tiny import NOT_MADE, TYPES, tiny_model, wide_model
 from lookahead_decoding.evaluate import OURS, text_config
 from lookahead_decoding.exactness import compare
+from lookahead_decoding.native.steps import why_no_native
 from lookahead_decoding.probe import Strategy, probe
 
 FREE = ((1, 1.0),)
@@ -44,6 +45,7 @@ class Result:
         strategy: "tree", "chain", "batch-expanded" or "refused"; "" where no tiny model can be made.
         attention: "ours", or the model's own by its name.
         greedy, sampled, batch: "exact", or what was not.
+        program: "yes" if its steps run as native code, else why they do not.
         note: the reason of a refusal, and what else is worth knowing.
     """
 
@@ -53,6 +55,7 @@ class Result:
     greedy: str = ""
     sampled: str = ""
     batch: str = ""
+    program: str = ""
     note: str = ""
 
     @property
@@ -80,7 +83,12 @@ def check(model_type: str, new_tokens: int = 300) -> Result:
     sampled = _compare(model, alone, new_tokens, SAMPLED)
     batch = _compare_batch(model, [prompt(n, i, vocab) for i, n in enumerate(PROMPTS)], new_tokens // 2)
     attention = "ours" if strategy.attention == OURS else strategy.attention
-    return Result(model_type, strategy.name, attention, greedy, sampled, batch, _note(strategy))
+    return Result(model_type, strategy.name, attention, greedy, sampled, batch, program_of(model_type), _note(strategy))
+
+
+def program_of(model_type: str) -> str:
+    """Whether a model of a type has a program, or why not."""
+    return why_no_native(wide_model(model_type)).partition("(")[0].strip() or "yes"
 
 
 def _note(strategy: Strategy) -> str:
@@ -147,11 +155,22 @@ def table(results: Sequence[Result]) -> Iterator[str]:
     yield "  ([exactness.md](exactness.md))."
     yield "* **as alone**: `generate` itself gives a prompt another text when it is padded; ours has the text of the"
     yield "  prompt alone."
+    yield "* **program**: a step runs as one call of native code on a CPU, and its logits are proven to be the model's;"
+    yield "  or why it does not."
     yield ""
-    yield "| type | strategy | attention | greedy | sampled | batch | note |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| type | strategy | attention | greedy | sampled | batch | program | note |"
+    yield "|---|---|---|---|---|---|---|---|"
     for r in results:
-        cells = (r.type, r.strategy or "-", r.attention, r.greedy, r.sampled, r.batch, r.note.replace("|", "/"))
+        cells = (
+            r.type,
+            r.strategy or "-",
+            r.attention,
+            r.greedy,
+            r.sampled,
+            r.batch,
+            r.program,
+            r.note.replace("|", "/"),
+        )
         yield "| " + " | ".join(cells) + " |"
 
 

@@ -28,6 +28,9 @@ NOT_MADE: dict[str, str] = {
     "musicgen_melody": "AutoModelForCausalLM hands its decoder the configuration of the whole, which that cannot use",
 }
 
+WIDER = {8: 32, 32: 64, 48: 96, 24: 32}
+"""Sizes of heads, layers and feed-forward networks that native code computes together, for those that are tiny."""
+
 STD = 0.3
 LAYERS = 4
 WIDTH = 32
@@ -92,6 +95,11 @@ SHRUNK: dict[str, Any] = {
     )
     for name in names.split()
 }
+
+WIDTHS = frozenset(
+    "hidden_size d_model n_embd embed_dim intermediate_size ffn_hidden_size ffn_dim d_ff n_inner head_dim".split()
+)
+"""Of these, what a layer is computed with."""
 
 HALF_SLIDING = ["sliding_attention", "full_attention"] * 2
 HALF_RECURRENT = ["linear_attention", "full_attention"] * 2
@@ -242,6 +250,13 @@ def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
     names = {field.name for field in fields(default)}
     inner = {name: changes.pop(name) for name in set(changes) - names} if "text_config" in names else {}
     return _shrunk(default, {**changes, "text_config": inner} if inner else changes)
+
+
+def wide_model(model_type: str) -> PreTrainedModel:
+    """As `tiny_model`, of sizes that native code can take."""
+    names = {field.name for field in fields(CONFIG_MAPPING[model_type]())}
+    wider = {n: WIDER[v] for n, v in SHRUNK.items() if n in names and v in WIDER and type(v) is int and n in WIDTHS}
+    return tiny_model(model_type, **wider)
 
 
 def tiny_model(model_type: str, **changes: Any) -> PreTrainedModel:

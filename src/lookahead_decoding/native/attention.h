@@ -80,7 +80,7 @@ static void lay(const Self *self, const View *view, int at, const void *keys, fl
         for (; count; count--, asked += size, out += SPAN) name##_of(keys, asked, size, out, 1);                       \
     }
 PRODUCTS(products, float, 1, fused(key, all(asked[q * size + d]), sum[q]))
-#ifdef __AVX512BF16__
+#ifdef PAIRS
 PRODUCTS(pair_products, uint16_t, 2, pairs_fused(key, asked + q * size + d, sum[q]))
 #endif
 
@@ -103,7 +103,7 @@ static void multiply(const Self *self, const Task *task, const void *keys) {
             lay(self, &shared, at, keys, task->keys);
             const char *asked = task->asked + (int64_t)r * task->queries * size * bytes(self->pairs ? BFLOAT16 : FLOAT32);
             float *out = task->weights + r * task->queries * SPAN + at - task->from;
-#ifdef __AVX512BF16__
+#ifdef PAIRS
             if (self->pairs) {
                 pair_products(task->keys, asked, size, out, (next - r) * task->queries);
                 continue;

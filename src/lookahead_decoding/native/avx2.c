@@ -1,4 +1,5 @@
-#pragma GCC target("avx2,fma")
+#if defined(__x86_64__)
+#pragma GCC target("avx2,fma,f16c")
 #include <math.h>
 #include <string.h>
 
@@ -7,3 +8,4 @@
 #define BLOCKS_OF_THREE 1
 #define RUN lookahead_avx2
 #include "operations.h"
+#endif

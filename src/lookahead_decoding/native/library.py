@@ -7,10 +7,9 @@ import functools
 from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
-import numpy as np
 import torch  # first: the library uses the threads that torch has loaded, and none of its own
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The dtypes of weights that there is code for, as `step.h` numbers them."""
 
 EMBED, NORM, PROJECT, GATE, ACTIVATE, ROTATE, ATTEND, ADD_NORMED, NORM_HEADS, BEST = range(10)
@@ -91,11 +90,6 @@ class Step(ctypes.Structure):
     ]
 
 
-def pointer(array: np.ndarray | torch.Tensor) -> int:
-    """Where an array lies."""
-    return array.ctypes.data if isinstance(array, np.ndarray) else array.data_ptr()
-
-
 def huge(size: int) -> torch.Tensor:
     """At least so many bytes, in large pages where the system has them."""
     block = torch.empty(size + 2 * LARGE_PAGE, dtype=torch.uint8)
@@ -123,7 +117,10 @@ def library() -> ctypes.CDLL | None:
 
 @functools.cache
 def kind() -> int:
-    """Which code runs a step: 3 with AVX-512 and its products of bfloat16, 2 with AVX-512, 1 with AVX2."""
+    """Which code runs a step: 3 with AVX-512 and its products of bfloat16, 2 with AVX-512, 1 with AVX2.
+
+    On an ARM processor 2 with products of bfloat16, 1 with NEON.
+    """
     code = library()
     return 0 if code is None else int(code.lookahead_able())
 
@@ -133,5 +130,5 @@ def why_no_library() -> str:
     if library() is not None:
         return ""
     if not any(Path(__file__).parent.glob("_step*.so")):
-        return "the native step was not built, for want of a C compiler when the package was"
+        return "the native step was not built with the package: install a C compiler and then the package again"
     return "the native step has no code for this processor"

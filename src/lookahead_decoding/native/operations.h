@@ -60,11 +60,12 @@ INLINE V activated(V x, int kind) {
 #else
 #define SIZES(block) SOME(block, 12) SOME(block, 8) SOME(block, 4) SOME(block, 2) SOME(block, 1)
 #endif
-#ifdef __AVX512BF16__
+#ifdef PAIRS
 PRODUCT(half_product, half_block, uint16_t, uint16_t, SIZES)
 #else
 PRODUCT(split_product, split_block, uint16_t, float, SIZES)
 #endif
+PRODUCT(float16_product, float16_block, uint16_t, float, SIZES)
 PRODUCT(single_product, single_block, float, float, SIZES)
 
 typedef void (*Product)(const void *, const void *, int64_t, int, float *, int);
@@ -89,16 +90,14 @@ INLINE int64_t take(int64_t *next, int64_t count) { return __atomic_fetch_add(ne
 /* Numbers of a table that lies in panels, as that of a head does which shares it. */
 INLINE V of_panels(const void *table, int64_t row, int from, int size, int dtype) {
     float numbers[16];
+    uint16_t halves[16];
     int64_t panel = row / PANEL * PANEL * size, lane = row % PANEL;
     for (int i = 0, k = from; i < 16; i++, k++) {
-        if (dtype == FLOAT32) {
-            numbers[i] = ((const float *)table)[panel + (int64_t)k * PANEL + lane];
-            continue;
-        }
-        uint32_t bits = (uint32_t)((const uint16_t *)table)[panel + (int64_t)(k / 2 * PANEL + lane) * 2 + k % 2] << 16;
-        memcpy(numbers + i, &bits, sizeof bits);
+        int64_t in_pairs = panel + (int64_t)(k / 2 * PANEL + lane) * 2 + k % 2, at = panel + (int64_t)k * PANEL + lane;
+        if (dtype == FLOAT32) numbers[i] = ((const float *)table)[at];
+        else halves[i] = ((const uint16_t *)table)[dtype == BFLOAT16 ? in_pairs : at];
     }
-    return load(numbers);
+    return dtype == FLOAT32 ? load(numbers) : wide(halves, 0, dtype);
 }
 
 static void embed(const Self *self, const Op *op) {
@@ -329,7 +328,7 @@ static void best(const Self *self) {
     int vocabulary = self->program->vocabulary, count = step->best;
     for (int row = self->thread; row < step->kept; row += step->threads) {
         const float *logits = step->logits + (int64_t)row * vocabulary;
-        int32_t *found = step->found + (int64_t)row * count;
+        int32_t *found = step->found + (int64_t)row * (1 + count) + 1;
         float values[MOST];
         int have = 0;
         for (int at = 0; at < vocabulary; at += 16) {
@@ -350,14 +349,16 @@ static void best(const Self *self) {
             }
         }
         for (; have < count; have++) found[have] = 0; /* a row of nothing but NaN */
+        found[-1] = found[0];
     }
 }
 
 void RUN(const Program *program, const Step *step, void *barrier, int thread) {
     Self self = {program, step, single_product, (char *)step->normed + thread * step->normed_of_a_thread,
                  (float *)((char *)step->scores + thread * step->scores_of_a_thread), thread, FLOAT32, 0};
+    if (program->dtype == FLOAT16) self.product = float16_product;
     if (program->dtype == BFLOAT16) {
-#ifdef __AVX512BF16__
+#ifdef PAIRS
         self.product = half_product, self.held = BFLOAT16, self.pairs = program->size % 32 == 0;
 #else
         self.product = split_product;

@@ -40,7 +40,7 @@ class NoProgramError(ValueError):
 
 
 def panels(weight: torch.Tensor) -> torch.Tensor:
-    """A weight, (outputs, inputs), as [outputs / 32][inputs][32], and in bfloat16 [outputs / 32][inputs / 2][32][2]."""
+    """A weight, (outputs, inputs), as [outputs / 32][inputs][32], in bfloat16 [outputs / 32][inputs / 2][32][2]."""
     outputs, inputs = weight.shape
     missing = -outputs % PANEL
     if missing:

@@ -14,7 +14,7 @@
 #include <stdint.h>
 
 enum { PANEL = 32, AHEAD = 3072, TILE = 16, MOST = 64, SHARING = 64, SPAN = 256 };
-enum Dtype { FLOAT32 = 0, BFLOAT16 = 1 };
+enum Dtype { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum Kind { EMBED, NORM, PROJECT, GATE, ACTIVATE, ROTATE, ATTEND, ADD_NORMED, NORM_HEADS, BEST };
 enum Norm { ROOT_MEAN_SQUARE = 0, LAYER_NORM = 1, NO_NORM = 2 };
 enum Place { NORMED = 0, ATTENDED = 1, INNER = 2 };
@@ -50,7 +50,7 @@ typedef struct {
     int64_t scores_of_a_thread, normed_of_a_thread; /* in bytes */
     float *partials; /* (rows, heads, blocks, 2 + size): of each block of positions, see attention.h */
     int64_t blocks;
-    int32_t *found;                                 /* (kept, best) */
+    int32_t *found;                                 /* (kept, 1 + best): the very best, and the best in order */
     int64_t *next;                                  /* of each operation: what is not taken yet */
 } Step;
 
@@ -61,5 +61,7 @@ void lookahead_meet(void *barrier, int threads);
 void lookahead_avx512_bf16(const Program *, const Step *, void *, int);
 void lookahead_avx512(const Program *, const Step *, void *, int);
 void lookahead_avx2(const Program *, const Step *, void *, int);
+void lookahead_neon(const Program *, const Step *, void *, int);
+void lookahead_neon_bf16(const Program *, const Step *, void *, int);
 
 #endif

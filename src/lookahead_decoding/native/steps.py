@@ -5,10 +5,11 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from ctypes import c_int32, c_int64, c_void_p
+from itertools import accumulate
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..cache import TreeCache
@@ -21,7 +22,7 @@ from ..sampler import StepLogits
 from ..sources import RANKS
 from ..tree import TokenTree
 from ..trees import TreeSteps
-from .library import Step, kind, library, pointer, why_no_library
+from .library import Step, kind, library, why_no_library
 from .program import Made, NoProgramError
 from .recipes import read
 
@@ -32,7 +33,7 @@ BOUND = 1e-4
 """How far a program's logits may be from the model's own in float32, as a share of their size."""
 
 NOISE = 1.25
-"""In bfloat16, how far they may be from what the same weights give in float32, where the model's own are 1 away."""
+"""In half precision, how far they may be from what the same weights give in float32; the model's own are 1 away."""
 
 TIMED = (1, 4, 8, 12, 16, 32, 64)
 """Rows of the steps that are timed before a model's first answer."""
@@ -40,7 +41,7 @@ TIMED = (1, 4, 8, 12, 16, 32, 64)
 TIMED_AT = 128
 """Tokens of context there."""
 
-APART = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+APART = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """By how much what a layer gives may differ, as a share of its size, before it is said to be the one that differs."""
 
 SAMPLE = 24
@@ -79,10 +80,11 @@ class Native:
         scores = SHARING * SPAN + (2 * SHARING + TILE) * made.size
         self._scores = torch.empty(0, scores, dtype=torch.float32)  # of each thread
         self._partials = torch.empty(0, dtype=torch.float32)
-        self._next = np.zeros(8 * len(made.ops), dtype=np.int64)
+        self._next = torch.zeros(8 * len(made.ops), dtype=torch.int64)
         self._program = made.program()
         self._logits = torch.empty(0, dtype=torch.float32)
         self._angles: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._step = self._places()
 
     def run(
         self, cache: TreeCache, rows: Sequence[Row], keep: Sequence[int], shift: int = 0
@@ -107,34 +109,36 @@ class Native:
             raise IndexError(f"the model has learned {self.made.positions} positions, and the text is longer")
         blocks = self._blocks(rows)
         self._make_room(max(positions) + shift + 1, len(rows) * self._partial(blocks), len(keep), threads)
-        logits, found = self._logits[: len(keep)], np.zeros((len(keep), RANKS), dtype=np.int32)
-        starts = np.cumsum([0, *map(len, paths)])
+        logits = self._logits[: len(keep)]
+        best = torch.empty(len(keep), 1 + RANKS, dtype=torch.int32)
+        starts = [0, *accumulate(map(len, paths))]
         flat = [node for path in paths for node in path]
-        angles = np.array(positions) + shift
-        integers = [np.asarray(part, dtype=np.int32) for part in (angles, prefixes, starts, flat, sequences, keep)]
-        tokens = np.array(ids, dtype=np.int64)
-        keys, values = (np.array([pointer(getattr(layer, n)) for layer in cache.layers]) for n in ("keys", "values"))
-        spans = cache.all_slots
-        first = [next(layer.keys for layer in cache.layers if layer.slots is slots) for slots in spans]
-        origins = np.array([slots.starts for slots in spans], dtype=np.int32)
-        distances = np.array([buffer.stride()[:2] for buffer in first], dtype=np.int64).T.copy()
-        tables = [np.array([pointer(table[i]) for table in self._angles], dtype=np.int64) for i in (0, 1)]
-        step = Step(len(rows), len(keep), threads, RANKS, len(cache.lengths), pointer(tokens), *map(pointer, integers))
-        step.keys, step.values, step.origin = pointer(keys), pointer(values), pointer(origins)
-        step.by_sequence, step.by_head = pointer(distances[0]), pointer(distances[1])
-        step.cosines, step.sines = map(pointer, tables)
-        step.residual, step.heads, step.logits = map(pointer, (self._residual, self._heads, logits))
-        step.scores, step.normed = pointer(self._scores), pointer(self._normed)
-        step.attended, step.inner = pointer(self._attended), pointer(self._inner)
-        step.scores_of_a_thread = 4 * self._scores.shape[1]
-        step.normed_of_a_thread = 4 * self._normed.shape[1]
-        step.partials, step.blocks = pointer(self._partials), blocks
-        step.found, step.next = pointer(found), pointer(self._next)
+        spans, layers = cache.all_slots, cache.layers
+        first = [next(layer.keys for layer in layers if layer.slots is slots) for slots in spans]
+        step = Step.from_buffer_copy(self._step)  # with all that is the same in every step
+        step.rows, step.kept, step.threads, step.sequences = len(rows), len(keep), threads, len(cache.lengths)
+        arrays = {
+            "ids": (c_int64, ids),
+            "angle": (c_int32, [position + shift for position in positions] if shift else positions),
+            "prefix": (c_int32, prefixes),
+            "start": (c_int32, starts),
+            "path": (c_int32, flat),
+            "sequence": (c_int32, sequences),
+            "keep": (c_int32, keep),
+            "keys": (c_void_p, [layer.keys.data_ptr() for layer in layers]),
+            "values": (c_void_p, [layer.values.data_ptr() for layer in layers]),
+            "origin": (c_int32, [start for slots in spans for start in slots.starts]),
+            "by_sequence": (c_int64, [buffer.stride(0) for buffer in first]),
+            "by_head": (c_int64, [buffer.stride(1) for buffer in first]),
+        }
+        held = [(kind * len(numbers))(*numbers) for kind, numbers in arrays.values()]  # type: ignore[misc]
+        for name, array in zip(arrays, held, strict=True):
+            setattr(step, name, ctypes.addressof(array))
+        step.found, step.blocks = best.data_ptr(), blocks
         code = library()
         assert code is not None
         code.lookahead_step(ctypes.byref(self._program), ctypes.byref(step), kind())
-        best = torch.from_numpy(found)
-        return logits, torch.cat([best[:, :1], best], 1)
+        return logits, best
 
     def most(self, rows: Sequence[Row]) -> int:
         """How many of these rows a call may have."""
@@ -150,6 +154,7 @@ class Native:
 
     def _make_room(self, positions: int, partials: int, kept: int, threads: int) -> None:
         """See that there are angles, scores, partial sums and logits for so many."""
+        before = self._angles, self._normed, self._partials, self._logits
         if self.made.tables and (not self._angles or len(self._angles[0][0]) < positions):
             self._angles = [table(max(512, 2 * positions)) for table in self.made.tables]
         if len(self._normed) < threads:
@@ -159,6 +164,21 @@ class Native:
             self._partials = torch.empty(partials, dtype=torch.float32)
         if len(self._logits) < kept:
             self._logits = torch.empty(kept, self.made.vocabulary, dtype=torch.float32)
+        after = self._angles, self._normed, self._partials, self._logits
+        if any(old is not new for old, new in zip(before, after, strict=True)):
+            self._step = self._places()
+
+    def _places(self) -> Step:
+        """A step with the places of all that is kept from step to step."""
+        step = Step(best=RANKS)
+        for name in "residual heads logits scores normed attended inner partials".split():
+            setattr(step, name, getattr(self, f"_{name}").data_ptr())
+        step.scores_of_a_thread, step.normed_of_a_thread = 4 * self._scores.shape[1], 4 * self._normed.shape[1]
+        step.next = self._next.data_ptr()
+        tables = [[table[i].data_ptr() for table in self._angles] for i in (0, 1)]
+        self._tables = [(c_void_p * len(places))(*places) for places in tables]
+        step.cosines, step.sines = map(ctypes.addressof, self._tables)
+        return step
 
 
 class NativeSteps(TreeSteps):
@@ -183,7 +203,7 @@ class NativeSteps(TreeSteps):
         """As `Target.forward`."""
         keep = sorted({node for tree in trees if tree is not None for node in tree.scored})
         live = [(b, tree) for b, tree in enumerate(trees) if tree is not None]
-        first = dict(zip([b for b, _ in live], np.cumsum([0, *(len(tree) for _, tree in live)]).tolist(), strict=False))
+        first = dict(zip([b for b, _ in live], accumulate((len(tree) for _, tree in live), initial=0), strict=False))
         rows = {b: [first[b] + node if node < len(tree) else first[b] for node in keep] for b, tree in live}
         some = next(iter(rows.values()))
         wanted = [row for b in range(len(trees)) for row in rows.get(b, some)]  # an ended one has anybody's
@@ -359,7 +379,7 @@ def _made(model: Any, pairs: bool = False) -> Made:
 def _difference(native: Native, model: Any) -> float:
     """How far the logits of some tokens are from the model's, past every window that is not too long for that.
 
-    The unit is what rounding explains: in float32 a bound, in bfloat16 the model's own distance from float32.
+    The unit is what rounding explains: in float32 a bound, in half precision the model's own distance from float32.
     """
     windows = [slots.window for slots in TreeCache(text_config(model), 1, 8).all_slots if slots.window]
     length = max([SAMPLE, *(window + SAMPLE for window in windows if window <= LONGEST)])

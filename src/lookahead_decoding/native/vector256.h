@@ -91,6 +91,10 @@ INLINE __m256 wide_half(const uint16_t *p) {
 
 INLINE V wide(const void *from, int64_t at, int dtype) {
     if (dtype == FLOAT32) return load((const float *)from + at);
+    if (dtype == FLOAT16) {
+        const __m128i *p = (const __m128i *)((const uint16_t *)from + at);
+        return (V){_mm256_cvtph_ps(_mm_loadu_si128(p)), _mm256_cvtph_ps(_mm_loadu_si128(p + 1))};
+    }
     return (V){wide_half((const uint16_t *)from + at), wide_half((const uint16_t *)from + at + 8)};
 }
 
@@ -106,6 +110,12 @@ INLINE void narrow_half(uint16_t *to, __m256 x) {
 INLINE void narrow(void *to, int64_t at, V x, int dtype) {
     if (dtype == FLOAT32) {
         store((float *)to + at, x);
+        return;
+    }
+    if (dtype == FLOAT16) {
+        __m128i *p = (__m128i *)((uint16_t *)to + at);
+        _mm_storeu_si128(p, _mm256_cvtps_ph(x.low, 0));
+        _mm_storeu_si128(p + 1, _mm256_cvtps_ph(x.high, 0));
         return;
     }
     narrow_half((uint16_t *)to + at, x.low);
@@ -172,25 +182,25 @@ INLINE void split_block(const uint16_t *w, const float *x, int64_t by, int input
         for (int i = 0; i < 4; i++) _mm256_storeu_ps(out + r * PANEL + 8 * i, sum[r][i]);
 }
 
-INLINE void single_block(const float *w, const float *x, int64_t by, int inputs, float *out, const int rows) {
-    __m256 sum[3][4];
-#pragma GCC unroll 3
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) sum[r][i] = _mm256_setzero_ps();
-    for (int k = 0; k < inputs; k++) {
-        const float *at = w + k * PANEL;
-        _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);
-        _mm_prefetch((const char *)at + AHEAD + 64, _MM_HINT_T0);
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) {
-            __m256 one = _mm256_loadu_ps(at + 8 * i);
-#pragma GCC unroll 3
-            for (int r = 0; r < rows; r++) sum[r][i] = _mm256_fmadd_ps(one, _mm256_broadcast_ss(x + r * by + k), sum[r][i]);
-        }
+#define PRODUCT_BLOCK(name, weight_type, ready)                                                                        \
+    INLINE void name(const weight_type *w, const float *x, int64_t by, int inputs, float *out, const int rows) {       \
+        __m256 sum[3][4];                                                                                              \
+        _Pragma("GCC unroll 3") for (int r = 0; r < rows; r++)                                                         \
+            _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) sum[r][i] = _mm256_setzero_ps();                       \
+        for (int k = 0; k < inputs; k++) {                                                                             \
+            const weight_type *at = w + k * PANEL;                                                                     \
+            for (size_t line = 0; line < PANEL * sizeof(weight_type); line += 64)                                      \
+                _mm_prefetch((const char *)at + AHEAD + line, _MM_HINT_T0);                                            \
+            _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) {                                                      \
+                __m256 one = ready(at + 8 * i);                                                                        \
+                _Pragma("GCC unroll 3") for (int r = 0; r < rows; r++)                                                 \
+                    sum[r][i] = _mm256_fmadd_ps(one, _mm256_broadcast_ss(x + r * by + k), sum[r][i]);                  \
+            }                                                                                                          \
+        }                                                                                                              \
+        _Pragma("GCC unroll 3") for (int r = 0; r < rows; r++)                                                         \
+            _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) _mm256_storeu_ps(out + r * PANEL + 8 * i, sum[r][i]);  \
     }
-#pragma GCC unroll 3
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) _mm256_storeu_ps(out + r * PANEL + 8 * i, sum[r][i]);
-}
+#define OF_FLOAT32(p) _mm256_loadu_ps(p)
+#define OF_FLOAT16(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
+PRODUCT_BLOCK(single_block, float, OF_FLOAT32)
+PRODUCT_BLOCK(float16_block, uint16_t, OF_FLOAT16)

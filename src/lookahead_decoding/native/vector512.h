@@ -42,12 +42,17 @@ INLINE uint32_t above(V x, float least) { return _mm512_cmp_ps_mask(x, all(least
 INLINE V wide(const void *from, int64_t at, int dtype) {
     if (dtype == FLOAT32) return load((const float *)from + at);
     __m256i half = _mm256_loadu_si256((const __m256i *)((const uint16_t *)from + at));
+    if (dtype == FLOAT16) return _mm512_cvtph_ps(half);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
 INLINE void narrow(void *to, int64_t at, V x, int dtype) {
     if (dtype == FLOAT32) {
         store((float *)to + at, x);
+        return;
+    }
+    if (dtype == FLOAT16) {
+        _mm256_storeu_si256((__m256i *)((uint16_t *)to + at), _mm512_cvtps_ph(x, 0));
         return;
     }
     __m512i bits = _mm512_castps_si512(x); /* to the nearest, and of two the even one */
@@ -74,7 +79,7 @@ INLINE void transposed(V *v) {
     }
 }
 
-#ifdef __AVX512BF16__
+#ifdef PAIRS
 /* A pair of bfloat16, multiplied with sixteen pairs. */
 INLINE V pairs_fused(V many, const uint16_t *pair, V sum) {
     int32_t both;
@@ -87,7 +92,7 @@ INLINE V pairs_fused(V many, const uint16_t *pair, V sum) {
 
 enum { BLOCK = 12, ASKED = 8, MIXED = 4 };
 
-#ifdef __AVX512BF16__
+#ifdef PAIRS
 INLINE void half_block(const uint16_t *w, const uint16_t *x, int64_t by, int inputs, float *out, const int rows) {
     V low[BLOCK], high[BLOCK];
 #pragma GCC unroll 12
@@ -140,24 +145,26 @@ INLINE void split_block(const uint16_t *w, const float *x, int64_t by, int input
     }
 }
 
-INLINE void single_block(const float *w, const float *x, int64_t by, int inputs, float *out, const int rows) {
-    V low[BLOCK], high[BLOCK];
-#pragma GCC unroll 12
-    for (int r = 0; r < rows; r++) low[r] = high[r] = all(0.0f);
-    for (int k = 0; k < inputs; k++) {
-        V w0 = load(w + k * PANEL), w1 = load(w + k * PANEL + 16);
-        _mm_prefetch((const char *)(w + k * PANEL) + AHEAD, _MM_HINT_T0);
-        _mm_prefetch((const char *)(w + k * PANEL) + AHEAD + 64, _MM_HINT_T0);
-#pragma GCC unroll 12
-        for (int r = 0; r < rows; r++) {
-            V one = all(x[r * by + k]);
-            low[r] = fused(w0, one, low[r]);
-            high[r] = fused(w1, one, high[r]);
-        }
+#define PRODUCT_BLOCK(name, weight_type, ready)                                                                        \
+    INLINE void name(const weight_type *w, const float *x, int64_t by, int inputs, float *out, const int rows) {       \
+        V low[BLOCK], high[BLOCK];                                                                                     \
+        _Pragma("GCC unroll 12") for (int r = 0; r < rows; r++) low[r] = high[r] = all(0.0f);                          \
+        for (int k = 0; k < inputs; k++) {                                                                             \
+            V w0 = ready(w, k * PANEL), w1 = ready(w, k * PANEL + 16);                                                 \
+            for (size_t line = 0; line < PANEL * sizeof(weight_type); line += 64)                                      \
+                _mm_prefetch((const char *)(w + k * PANEL) + AHEAD + line, _MM_HINT_T0);                               \
+            _Pragma("GCC unroll 12") for (int r = 0; r < rows; r++) {                                                  \
+                V one = all(x[r * by + k]);                                                                            \
+                low[r] = fused(w0, one, low[r]);                                                                       \
+                high[r] = fused(w1, one, high[r]);                                                                     \
+            }                                                                                                          \
+        }                                                                                                              \
+        _Pragma("GCC unroll 12") for (int r = 0; r < rows; r++) {                                                      \
+            store(out + r * PANEL, low[r]);                                                                            \
+            store(out + r * PANEL + 16, high[r]);                                                                      \
+        }                                                                                                              \
     }
-#pragma GCC unroll 12
-    for (int r = 0; r < rows; r++) {
-        store(out + r * PANEL, low[r]);
-        store(out + r * PANEL + 16, high[r]);
-    }
-}
+#define OF_FLOAT32(w, at) load(w + at)
+#define OF_FLOAT16(w, at) wide(w, at, FLOAT16)
+PRODUCT_BLOCK(single_block, float, OF_FLOAT32)
+PRODUCT_BLOCK(float16_block, uint16_t, OF_FLOAT16)
