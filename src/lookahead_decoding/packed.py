@@ -1,23 +1,23 @@
-"""Weights of a CPU's matrix products, laid out once.
+"""Products of a CPU's few rows with weights that are laid out once.
 
-For products with few rows, as those of a step, PyTorch's libraries take long to lay out the weight: oneDNN in bfloat16
-always, MKL in float32 from 3 rows on where the weight is large. A copy that is laid out already saves that time, at the
-price of its memory. The model is left as it is: its layers use the copies only inside the `with` block of a step.
+PyTorch's libraries take long to lay out a weight for the few rows of a step: oneDNN in bfloat16 always, MKL in float32
+from 3 rows on where the weight is large. Here a copy is laid out in panels once, and the native step's code multiplies
+it, at the price of its memory. The model is left as it is: its layers use the copies only inside the `with` block of a
+step.
 """
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import nn
 
+from .native.library import DTYPES, INNER, PROJECT, TO_HEADS, Op, Program, Step, kind, library, reads, why_no_library
+from .native.program import Arena, padded, panels
+
 ROWS = 64
-"""Rows of a product that the layout is made for; it serves any other number as well."""
-
-LEAST_ROWS = 4
-"""Rows from which a layout helps in float32."""
-
-LEAST_WEIGHTS = 2**19
-"""Weights of a layer from which a layout helps in float32; smaller ones are slower with it (docs/LOG.md)."""
+"""Rows up to which a product is native; PyTorch's libraries lay out a weight for more in little of their time."""
 
 SAMPLES = 256
 """Values of a tensor that are compared to notice a change that PyTorch does not count, made through `.data`."""
@@ -26,16 +26,16 @@ SAMPLES = 256
 class PackedLinears:
     """The linear layers of a model with their weights laid out; inside a `with` block they are used.
 
-    A weight is laid out when a product first needs it. In bfloat16 most products are the same bit by bit, in float32
-    they are rounded in another order; few rows and small layers are multiplied there as without copies.
+    A weight is laid out when a product first needs it. A row of a product does not depend on those beside it, bit by
+    bit; in float32 it is rounded in another order than the layer's own.
 
     Args:
-        model: in bfloat16 or float32 on a CPU, one that `why_not` has nothing against.
+        model: on a CPU, one that `why_not` has nothing against.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        kinds = {torch.float32: _SinglePrecision, torch.bfloat16: _HalfPrecision}
-        self._products = [(vars(layer), kinds[layer.weight.dtype](layer)) for layer in linears(model)]
+        arena = Arena()
+        self._products = [(vars(layer), _Product(layer, arena)) for layer in linears(model)]
 
     def __enter__(self) -> None:
         for attributes, product in self._products:
@@ -48,50 +48,47 @@ class PackedLinears:
 
 
 class _Product:
-    """A layer's forward, with its weight laid out once it is needed."""
+    """A layer's forward, with its weight laid out once it is needed: a program of one operation."""
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, layer: nn.Linear, arena: Arena) -> None:
         self._layer = layer
-        self._packed: torch.Tensor | None = None
-
-
-class _HalfPrecision(_Product):
-    """In bfloat16, by oneDNN."""
-
-    def __call__(self, input: torch.Tensor) -> torch.Tensor:
-        if self._packed is None:
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(self._layer.weight.detach(), ROWS)
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(
-            input, self._packed, self._layer.bias, "none", [], ""
-        )
-        return product
-
-
-class _SinglePrecision(_Product):
-    """In float32, by MKL."""
+        self._arena = arena
+        self._panels: torch.Tensor | None = None
+        self._next = torch.zeros(8, dtype=torch.int64)
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
         layer = self._layer
         rows = input.numel() // layer.in_features
-        if rows < LEAST_ROWS:
+        if not 0 < rows <= ROWS:
             return nn.functional.linear(input, layer.weight, layer.bias)
-        if self._packed is None:
-            self._packed = torch.ops.mkl._mkl_reorder_linear_weight(layer.weight.detach(), ROWS)
-        product: torch.Tensor = torch.ops.mkl._mkl_linear.default(input, self._packed, layer.weight, layer.bias, rows)
-        return product
+        if self._panels is None:
+            self._panels = self._arena.put(panels(layer.weight.detach()))
+            self._bias = padded(layer.bias)
+            bias = None if self._bias is None else self._bias.data_ptr()
+            sizes = {"outputs": layer.out_features, "inputs": layer.in_features}
+            places = {"origin": INNER, "to": TO_HEADS, "weight": self._panels.data_ptr(), "bias": bias}
+            op = Op(kind=PROJECT, factor=1.0, **sizes, **places)
+            self._program = Program(dtype=DTYPES[layer.weight.dtype], count=1, ops=ctypes.pointer(op))
+        given = input.to(reads(layer.weight.dtype)).contiguous()
+        found = torch.empty(rows, layer.out_features, dtype=torch.float32)
+        step = Step(rows=rows, threads=torch.get_num_threads())
+        step.inner, step.heads, step.next = given.data_ptr(), found.data_ptr(), self._next.data_ptr()
+        code = library()
+        assert code is not None
+        code.lookahead_step(ctypes.byref(self._program), ctypes.byref(step), kind())
+        return found.to(layer.weight.dtype).view(*input.shape[:-1], layer.out_features)
 
 
 def linears(model: nn.Module) -> list[nn.Linear]:
-    """The layers whose weights are worth it: plain ones, not quantised, nor with a forward that someone replaced."""
-    least = {torch.float32: LEAST_WEIGHTS, torch.bfloat16: 0}
+    """The layers that have native products: plain ones, not quantised, nor with a forward that someone replaced."""
     return [
         layer
         for layer in model.modules()
         if type(layer) is nn.Linear
         and type(layer.weight) is nn.Parameter
-        and layer.weight.dtype in least
-        and layer.weight.numel() >= least[layer.weight.dtype]
+        and layer.weight.dtype in DTYPES
         and layer.weight.device.type == "cpu"
+        and layer.in_features % 2 == 0  # pairs of bfloat16 are multiplied together
         and "forward" not in vars(layer)
     ]
 
@@ -103,16 +100,11 @@ def copied_bytes(model: nn.Module) -> int:
 
 def why_not(model: nn.Module) -> str:
     """Why the weights of a model cannot be laid out; empty if they can."""
-    parameter = next(model.parameters())
-    if parameter.device.type != "cpu" or parameter.dtype not in (torch.float32, torch.bfloat16):
-        return "weights are laid out on a CPU, in float32 and bfloat16"
-    if parameter.dtype == torch.float32:
-        able = hasattr(torch.ops.mkl, "_mkl_linear")
-    else:
-        able = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if not able:
-        return "this processor, or this build of PyTorch, has no products with weights that are laid out"
-    return "" if linears(model) else "the model has no linear layers that gain by it"
+    if next(model.parameters()).device.type != "cpu":
+        return "weights are laid out on a CPU"
+    if reason := why_no_library():
+        return reason
+    return "" if linears(model) else "the model has no linear layers that native code could multiply"
 
 
 def version_of(model: nn.Module) -> object:

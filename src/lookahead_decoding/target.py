@@ -42,8 +42,8 @@ class Target:
         batch: sequences.
         execution: how a step runs.
             "eager": as the model is.
-            "packed": the same, with a second copy of the weights of its linear layers that is laid out for few rows, in
-            float32 and bfloat16 on a CPU.
+            "packed": the same, with native products for few rows, on a CPU, which have a second copy of the weights of
+            its linear layers.
             "native": as one call of native code, with such a copy of all weights, on a CPU.
             "captured": padded to fixed shapes and, on a GPU, captured once per size.
             "compiled": compiled with torch.compile, and captured too on a GPU; a CPU takes minutes for it, and in

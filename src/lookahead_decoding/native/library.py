@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import platform
 from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
@@ -123,6 +124,12 @@ def kind() -> int:
     """
     code = library()
     return 0 if code is None else int(code.lookahead_able())
+
+
+def reads(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which products read their rows, by that of the weights."""
+    pairs = kind() == (2 if platform.machine() in ("aarch64", "arm64") else 3)
+    return torch.bfloat16 if dtype == torch.bfloat16 and pairs else torch.float32
 
 
 def why_no_library() -> str:
