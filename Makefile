@@ -10,7 +10,7 @@ OLDEST = 5.16.0
 
 .PHONY: demo test test-oldest test-install lint format
 
-.venv/.installed: pyproject.toml constraints.txt setup.py $(wildcard src/lookahead_decoding/native/*.[ch])
+.venv/.installed: pyproject.toml constraints.txt setup.py $(wildcard src/lookahead_decoding/model/native/*.[ch])
 	$(PYTHON) -m venv .venv
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
@@ -45,7 +45,7 @@ test-install:  ## the wheel in an environment that pip fills by itself: the exam
 	.bare/bin/python -m pip install --quiet --disable-pip-version-check .bare/wheel/*.whl
 	.bare/bin/python -m pip list --disable-pip-version-check
 	awk '/^```python/ { inside = 1; next } /^```/ { if (inside) exit } inside' README.md > .bare/example.py
-	cd .bare && bin/python -c 'from lookahead_decoding.native.library import why_no_library as w; print(w() or "native steps")'
+	cd .bare && bin/python -c 'from lookahead_decoding.model.native.library import why_no_library as w; print(w() or "native steps")'
 	cd .bare && bin/python example.py
 	cd .bare && bin/lookahead generate pocket -p 'def add(a, b):' --max-new-tokens 32
 

@@ -12,9 +12,9 @@ HEADERS = ("step", "operations", "attention", "vector512", "vector256", "vector1
 APPLE = sys.platform == "darwin"  # whose compiler takes OpenMP's pragmas by another name
 
 STEP = Extension(
-    "lookahead_decoding.native._step",
-    [f"src/lookahead_decoding/native/{name}.c" for name in SOURCES],
-    depends=[f"src/lookahead_decoding/native/{name}.h" for name in HEADERS],
+    "lookahead_decoding.model.native._step",
+    [f"src/lookahead_decoding/model/native/{name}.c" for name in SOURCES],
+    depends=[f"src/lookahead_decoding/model/native/{name}.h" for name in HEADERS],
     extra_compile_args=["-O3", "-ffp-contract=off", *(["-Xpreprocessor"] if APPLE else []), "-fopenmp"],
     optional=True,
 )

@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorLis
 import lookahead_decoding as ld
 from lookahead_decoding.bench.methods import Replay
 from lookahead_decoding.bench.result import LOOP, SHORT, distinct_share
-from lookahead_decoding.profile import device_name
+from lookahead_decoding.saved.profile import device_name
 
 FREE = ((1, 1.0),)
 KEPT_WINDOW = 4, 3  # W and N of a small one: 8 rows

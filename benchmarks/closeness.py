@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.executions import ids_of
-from lookahead_decoding.native.steps import NativeSteps, native_of
-from lookahead_decoding.profile import device_name
+from lookahead_decoding.model.native.steps import NativeSteps, native_of
+from lookahead_decoding.saved.profile import device_name
 
 
 def divergence(exact: torch.Tensor, logits: torch.Tensor) -> list[float]:

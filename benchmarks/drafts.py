@@ -49,7 +49,7 @@ class Accepted:
 def watched(seen: Any = None) -> Iterator[Any]:
     """Shows every walk inside the `with` block to `seen.watch(tree, choice)`; by default, to an `Accepted`."""
     seen = Accepted() if seen is None else seen
-    module = import_module("lookahead_decoding.decoding")
+    module = import_module("lookahead_decoding.engine.decode")
     plain = module.choose
 
     def choose(step: Any, trees: Any, samplers: Any, ranks: int = 0) -> Any:

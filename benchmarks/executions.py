@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import lookahead_decoding as ld
 from lookahead_decoding.bench.result import LOOP, SHORT, distinct_share
-from lookahead_decoding.profile import device_name
-from lookahead_decoding.text import chat_ids
+from lookahead_decoding.hf.stream import chat_ids
+from lookahead_decoding.saved.profile import device_name
 
 METHODS: dict[str, tuple[ld.LookaheadConfig | None, str]] = {
     "hf-greedy": (None, ""),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from lookahead_decoding.attention import DEPTH, LENGTH, SEEN, WINDOW
+from lookahead_decoding.model.attention import DEPTH, LENGTH, SEEN, WINDOW
 
 
 def block_mask(rows: torch.Tensor, slots: int) -> BlockMask:

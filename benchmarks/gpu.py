@@ -32,10 +32,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import lookahead_decoding as ld
 from benchmarks.enlarge import enlarged_pocket
 from benchmarks.tiny import tiny_model
-from lookahead_decoding.attention import dense_mask, encode_rows, reference
 from lookahead_decoding.bench.step import tree_of
-from lookahead_decoding.graphs import padded
-from lookahead_decoding.trees import TreeSteps
+from lookahead_decoding.model.attention import dense_mask, encode_rows, reference
+from lookahead_decoding.model.graphs import padded
+from lookahead_decoding.model.trees import TreeSteps
 
 Call = Callable[[], Any]
 
@@ -201,7 +201,7 @@ def _attention(
 
 def kernel(stage: Stage, args: argparse.Namespace) -> None:
     """Our attention against the reference in float64, and its time against reading the keys once."""
-    from lookahead_decoding.kernels import launch
+    from lookahead_decoding.model.kernels import launch
 
     dtypes = (torch.float32,) if stage.dry else (torch.bfloat16, torch.float16, torch.float32)
     cases = ((1, 300, 8, 2), (64, 700, 8, 2), (33, 0, 4, 4), (120, 1500, 8, 1))

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import lookahead_decoding as ld
-from lookahead_decoding import graphs
-from lookahead_decoding.profile import device_name
+from lookahead_decoding.model import graphs
+from lookahead_decoding.saved.profile import device_name
 
 PROMPT = "class Stack:\n    def __init__(self):\n        self.items = []\n\n"
 

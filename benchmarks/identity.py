@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import lookahead_decoding as ld
 from benchmarks.executions import ids_of
-from lookahead_decoding.profile import device_name
+from lookahead_decoding.saved.profile import device_name
 
 FREE = ((1, 1.0),)
 TREES = {

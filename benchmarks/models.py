@@ -24,10 +24,10 @@ from transformers.utils import logging
 import lookahead_decoding as ld
 from benchmarks.drafts import right_and_wrong, watched
 from benchmarks.tiny import NOT_MADE, TYPES, tiny_model, wide_model
-from lookahead_decoding.evaluate import OURS, text_config
-from lookahead_decoding.exactness import compare
-from lookahead_decoding.native.steps import why_no_native
-from lookahead_decoding.probe import Strategy, probe
+from lookahead_decoding.hf.exactness import compare
+from lookahead_decoding.model.evaluate import OURS, text_config
+from lookahead_decoding.model.native.steps import why_no_native
+from lookahead_decoding.model.probe import Strategy, probe
 
 FREE = ((1, 1.0),)
 CONFIG = ld.LookaheadConfig(sources=("window",), step_times=FREE, max_rows=24)

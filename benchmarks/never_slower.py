@@ -22,7 +22,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import lookahead_decoding as ld
-from lookahead_decoding.profile import device_name
+from lookahead_decoding.saved.profile import device_name
 
 
 def seconds(

@@ -31,7 +31,7 @@ import lookahead_decoding as ld
 from lookahead_decoding.bench.methods import Job, Method, make, measure, warm_up
 from lookahead_decoding.bench.result import LOOP, SHORT, Row
 from lookahead_decoding.cli.loading import read_prompts
-from lookahead_decoding.profile import device_name
+from lookahead_decoding.saved.profile import device_name
 
 FULL = ld.LookaheadConfig(max_rows=120, step_times=((1, 1.0),))
 """As many rows as the candidates fill."""

@@ -86,7 +86,7 @@ def main() -> None:
     import lookahead_decoding as ld
     from benchmarks.executions import read_speed
     from lookahead_decoding.bench.result import LOOP, SHORT, distinct_share
-    from lookahead_decoding.profile import device_name
+    from lookahead_decoding.saved.profile import device_name
 
     torch.set_num_threads(args.threads)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)

@@ -30,7 +30,7 @@ from benchmarks.ablation import FREE
 from benchmarks.drafts import watched
 from lookahead_decoding.bench.methods import Replay
 from lookahead_decoding.bench.result import LOOP, SHORT, distinct_share
-from lookahead_decoding.budget import StepTimes
+from lookahead_decoding.price.budget import StepTimes
 
 ROWS = (1, 4, 8, 16, 32, 64, 120, 240, 480)
 RANKS = (1, 2, 4, 8)

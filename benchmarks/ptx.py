@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lookahead_decoding.kernels import ARCHITECTURES, HALF, SINGLE, STAGES, Tiling, _part
+from lookahead_decoding.model.kernels import ARCHITECTURES, HALF, SINGLE, STAGES, Tiling, _part
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {"query": "", "key": "", "value": "", "rows": "i32", "out": "fp32", "lse": "fp32"}
@@ -67,7 +67,7 @@ def variants() -> Iterator[tuple[int, str, int, Tiling]]:
 
 def small(architecture: int, dtype: str) -> dict[str, int]:
     """Registers of a thread of each small kernel, in a layer of Llama-3-8B: by name."""
-    from lookahead_decoding.small_kernels import _gate, _norm, _rotate
+    from lookahead_decoding.model.small_kernels import _gate, _norm, _rotate
 
     sizes: dict[Any, dict[str, Any]] = {
         _norm: {"SHIFT": 0.0, "SIZE_P": 4096},

@@ -25,9 +25,9 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import lookahead_decoding as ld
-from lookahead_decoding.native.steps import Native, NativeSteps, native_of
-from lookahead_decoding.profile import device_name
-from lookahead_decoding.tree import TokenTree
+from lookahead_decoding.draft.tree import TokenTree
+from lookahead_decoding.model.native.steps import Native, NativeSteps, native_of
+from lookahead_decoding.saved.profile import device_name
 
 BLOCK = torch.zeros(2**26, dtype=torch.int64)
 """Half a gigabyte, more than any cache holds."""

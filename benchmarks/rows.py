@@ -24,10 +24,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import lookahead_decoding as ld
-from lookahead_decoding import probe
 from lookahead_decoding.bench.methods import Replay
-from lookahead_decoding.profile import device_name
-from lookahead_decoding.rows import RowSteps
+from lookahead_decoding.model import probe
+from lookahead_decoding.model.rows import RowSteps
+from lookahead_decoding.saved.profile import device_name
 
 SIZES: dict[str, dict[str, Any]] = {
     "lfm2": {

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.flex import block_mask, flex
 
 from lookahead_decoding import TokenTree, build_tree
-from lookahead_decoding.attention import additive_mask, dense_mask, encode_rows, folded, reference
+from lookahead_decoding.model.attention import additive_mask, dense_mask, encode_rows, folded, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -131,7 +131,7 @@ def test_flex_attention_agrees_with_the_reference(
 def test_the_kernel(
     nodes: int, lengths: list[int], heads: int, key_heads: int, size: int, options: dict[str, object]
 ) -> None:
-    kernels = pytest.importorskip("lookahead_decoding.kernels", reason="needs triton")
+    kernels = pytest.importorskip("lookahead_decoding.model.kernels", reason="needs triton")
     query, key, value, rows = inputs(nodes, lengths, heads, key_heads, size, torch.float32, options.get("window"))
     sinks = torch.randn(heads, device=DEVICE) if options.get("sinks") else None
     cap = float(options.get("softcap", 0.0))
@@ -149,7 +149,7 @@ def test_the_kernel(
 def test_the_kernel_in_half_precision(
     nodes: int, lengths: list[int], heads: int, key_heads: int, size: int, dtype: torch.dtype
 ) -> None:
-    kernels = pytest.importorskip("lookahead_decoding.kernels", reason="needs triton")
+    kernels = pytest.importorskip("lookahead_decoding.model.kernels", reason="needs triton")
     query, key, value, rows = inputs(nodes, lengths, heads, key_heads, size, dtype, None)
     slots = max(lengths) + nodes
     mask = dense_mask(rows, torch.float64).to(DEVICE)

@@ -16,7 +16,7 @@ from lookahead_decoding.bench.methods import Job, Replay, make, measure, of_step
 from lookahead_decoding.bench.result import About, Result, Row, distinct_share
 from lookahead_decoding.bench.step import Limits, cache_bytes, commit_times, limits, step_times, tree_of
 from lookahead_decoding.cli import main as cli
-from lookahead_decoding.stats import Stats
+from lookahead_decoding.price.stats import Stats
 from test_exactness import prompt_of
 
 Tiny = Callable[..., torch.nn.Module]

@@ -7,8 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lookahead_decoding import Choice, Lookahead, LookaheadConfig
-from lookahead_decoding.budget import Budget, Pace, StepTimes, WindowInvestment, best_rows, window_rows, window_shapes
-from lookahead_decoding.grow import GrowingTree
+from lookahead_decoding.draft.grow import GrowingTree
+from lookahead_decoding.price.budget import (
+    Budget,
+    Pace,
+    StepTimes,
+    WindowInvestment,
+    best_rows,
+    window_rows,
+    window_shapes,
+)
 from test_grow import Scripted, growing
 
 HALF = ((7, 1),)  # every node has one child, with a chance of a half

@@ -11,8 +11,8 @@ from transformers import AutoConfig
 
 import lookahead_decoding as ld
 from conftest import ARCHITECTURES, FREE
-from lookahead_decoding.cache import SLACK, TreeCache
-from lookahead_decoding.rows import RowSteps
+from lookahead_decoding.model.cache import SLACK, TreeCache
+from lookahead_decoding.model.rows import RowSteps
 
 
 def cache_of(name: str, capacity: int, room: int) -> TreeCache:
@@ -66,8 +66,8 @@ def test_a_cache_past_its_window_goes_in_and_comes_out(tiny: Callable[..., torch
 
 
 def test_a_chunk_is_seen_from_its_beginning() -> None:
-    from lookahead_decoding.attention import WINDOW, encode_rows
-    from lookahead_decoding.tree import build_tree
+    from lookahead_decoding.draft.tree import build_tree
+    from lookahead_decoding.model.attention import WINDOW, encode_rows
 
     rows = encode_rows([build_tree(1, candidates=[(2, 3, 4)])], [6], 4, window=8, chunked=True, starts=[10])
     assert rows[0, 0, :, WINDOW].tolist() == [1, 2, 3, 4]  # positions 16 to 19
@@ -107,7 +107,7 @@ def test_what_is_left_of_a_long_chunk_is_given_to_every_row(
     tiny: Callable[..., torch.nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny("mistral", sliding_window=200, max_position_embeddings=1024)
-    monkeypatch.setattr("lookahead_decoding.rows.PREFILL_CHUNK", 150)
+    monkeypatch.setattr("lookahead_decoding.model.rows.PREFILL_CHUNK", 150)
     prompt = torch.randint(3, 60, (450,), generator=torch.Generator().manual_seed(0)).tolist()
     steps = RowSteps(model, 600, 2, 16)
     steps.prefill([prompt])

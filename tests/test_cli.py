@@ -24,7 +24,7 @@ from lookahead_decoding.cli.chat import Talk, _until_interrupted
 from lookahead_decoding.cli.doctor import Way
 from lookahead_decoding.cli.loading import SAMPLES, Problem, first_line, load, read_prompts, samples
 from lookahead_decoding.cli.printing import Column, in_width, show
-from lookahead_decoding.native.library import why_no_library
+from lookahead_decoding.model.native.library import why_no_library
 
 KEYS = [
     "index",
@@ -78,7 +78,7 @@ def test_what_is_reproducible_does_not_follow_the_clock(capsys, monkeypatch) -> 
     answers = []
     for base in (1.0, 1.5, 3.0):  # clocks that go ever faster
         ticks = count()
-        monkeypatch.setattr("lookahead_decoding.decoding.perf_counter", lambda: base ** (next(ticks) % 60))  # noqa: B023
+        monkeypatch.setattr("lookahead_decoding.engine.decode.perf_counter", lambda: base ** (next(ticks) % 60))  # noqa: B023
         one = json.loads(run(capsys, monkeypatch, *arguments)[1])
         answers.append((one["output_ids"], one["steps"], one["rows_per_step"], one["sources"]))
     assert answers[0][0]
@@ -104,7 +104,7 @@ def test_threads_are_as_asked(capsys, monkeypatch) -> None:
 
 def test_each_prompt_is_verified_with_a_seed_of_its_own(capsys, monkeypatch, prompts: Path) -> None:
     seeds = []
-    monkeypatch.setattr("lookahead_decoding.exactness.compare", lambda m, i, d, seed, **o: seeds.append(seed))
+    monkeypatch.setattr("lookahead_decoding.hf.exactness.compare", lambda m, i, d, seed, **o: seeds.append(seed))
     run(capsys, monkeypatch, "verify", "pocket", "--prompts", str(prompts), "--temperature", "0.8", "--seed", "5")
     assert seeds == [5, 6, 7]
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import lookahead_decoding as ld
-from lookahead_decoding import exactness
 from lookahead_decoding.cli import main as cli
 from lookahead_decoding.cli.loading import load
-from lookahead_decoding.exactness import compare
+from lookahead_decoding.hf import exactness
+from lookahead_decoding.hf.exactness import compare
 from test_exactness import prompt_of
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import lookahead_decoding as ld
-from lookahead_decoding.division import Division, Header, Layout, Said, behind, checksum, divided
-from lookahead_decoding.lookahead import Walk
+from lookahead_decoding.draft.lookahead import Walk
+from lookahead_decoding.ranks.division import Division, Header, Layout, Said, behind, checksum, divided
 
 HEADER = Header(3, 11, 12, 0, 500, 20, 0)
 

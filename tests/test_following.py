@@ -11,7 +11,7 @@ import torch
 from transformers import LogitsProcessor, TopKLogitsWarper
 
 from lookahead_decoding import Sampler, StepLogits, TokenTree, choose
-from lookahead_decoding.following import refuse_what_cannot_follow, state_of
+from lookahead_decoding.ranks.following import refuse_what_cannot_follow, state_of
 
 VOCABULARY = 12
 TEXT = torch.tensor([[3, 4, 5]])

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from lookahead_decoding import fused
+from lookahead_decoding.model import fused
 from test_exactness import prompt_of
 
 Tiny = Callable[..., torch.nn.Module]
@@ -18,7 +18,7 @@ BOUNDS = (1e-6, 5e-4, 1e-2)  # Triton's interpreter cuts to bfloat16 where a GPU
 
 @pytest.fixture
 def kernels():
-    return pytest.importorskip("lookahead_decoding.small_kernels", reason="needs triton")
+    return pytest.importorskip("lookahead_decoding.model.small_kernels", reason="needs triton")
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor) -> bool:

@@ -16,12 +16,12 @@ from torch.utils._pytree import tree_leaves
 
 import lookahead_decoding as ld
 from conftest import ARCHITECTURES
-from lookahead_decoding.attention import encode_rows
 from lookahead_decoding.config import LookaheadWarning
-from lookahead_decoding.graphs import SIZES, Compiled, padded
-from lookahead_decoding.memory import memory_of
-from lookahead_decoding.tree import TokenTree
-from lookahead_decoding.trees import room_for
+from lookahead_decoding.draft.tree import TokenTree
+from lookahead_decoding.model.attention import encode_rows
+from lookahead_decoding.model.graphs import SIZES, Compiled, padded
+from lookahead_decoding.model.memory import memory_of
+from lookahead_decoding.model.trees import room_for
 from test_exactness import CONFIGS, GREEDY, SAMPLED, WINDOW_ALONE, batch_of, prompt_of
 
 Tiny = Callable[..., torch.nn.Module]
@@ -124,7 +124,7 @@ def test_a_compiler_that_fails_costs_one_warning(monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_cannot_be_compiled_says_so(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lookahead_decoding.trees.kernel_found", lambda: False)
+    monkeypatch.setattr("lookahead_decoding.model.trees.kernel_found", lambda: False)
     with pytest.raises(ValueError, match=r"execution='captured' cannot be: Triton.*Leave it out"):
         ld.Target(tiny(), 20, execution="captured")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -241,7 +241,7 @@ class Tape:
 @pytest.fixture
 def tape(monkeypatch: pytest.MonkeyPatch) -> Tape:
     made = Tape()
-    monkeypatch.setattr("lookahead_decoding.graphs.recorder_for", lambda device: made)
+    monkeypatch.setattr("lookahead_decoding.model.graphs.recorder_for", lambda device: made)
     return made
 
 
@@ -267,7 +267,7 @@ def test_a_step_that_cannot_be_captured_runs_as_it_is(tiny: Tiny, monkeypatch: p
         run()
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr("lookahead_decoding.graphs.recorder_for", lambda device: broken)
+    monkeypatch.setattr("lookahead_decoding.model.graphs.recorder_for", lambda device: broken)
     model, ids = copy.deepcopy(tiny()), prompt_of(6)
     options = {"max_new_tokens": 5, "eos_token_id": None, **GREEDY}
     plain = model.generate(ids, **options)[0].tolist()

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lookahead_decoding import build_tree
-from lookahead_decoding.grow import GrowingTree
-from lookahead_decoding.sources import Acceptance, OwnSource
+from lookahead_decoding.draft.grow import GrowingTree
+from lookahead_decoding.draft.sources import Acceptance, OwnSource
 
 
 class Scripted:

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 import lookahead_decoding as ld
-from lookahead_decoding import hf
+from lookahead_decoding.hf import generate as hf
 from test_exactness import CONFIGS, batch_of, prompt_of
 
 SMALL = CONFIGS["4/3/3"]

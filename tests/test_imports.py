@@ -1,94 +1,55 @@
-"""Imports point one way: pure, torch, target, composition, edges."""
+"""Imports point one way: from a folder to itself and to those before it."""
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import lookahead_decoding
 
-LAYERS = [
-    {
-        "config",
-        "tree",
-        "window",
-        "pool",
-        "suffix",
-        "shared",
-        "sources",
-        "grow",
-        "lookahead",
-        "division",
-        "torchrun",
-        "budget",
-        "stats",
-    },
-    {
-        "attention",
-        "fused",
-        "kernels",
-        "native.library",
-        "native.program",
-        "native.recipes",
-        "small_kernels",
-        "graphs",
-        "packed",
-        "sampler",
-        "files",
-        "profile",
-        "shared_file",
-        "following",
-        "watch",
-        "ranks",
-    },
-    {
-        "cache",
-        "evaluate",
-        "memory",
-        "rope",
-        "trees",
-        "rows",
-        "probe",
-        "target",
-        "sharded",
-        "tensor_parallel",
-        "native.steps",
-    },
-    {"decoding", "hf", "text", "exactness"},
-]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+LAYERS = ("config", "draft", "price", "saved", "verify", "model", "ranks", "engine", "hf", "bench", "cli")
 FOLDER = Path(lookahead_decoding.__file__).parent
+FOREIGN = {"torch", "transformers", "numpy"}
 
 
-def imports(path: Path) -> set[str]:
-    """Modules that a file imports; our own by their names with a leading dot."""
-    found = set()
+def modules(layer: str) -> list[Path]:
+    alone = FOLDER / f"{layer}.py"
+    return [alone] if alone.exists() else sorted((FOLDER / layer).rglob("*.py"))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """What a file imports: packages of others, and our own layers with a leading dot."""
+    inside = path.relative_to(FOLDER).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
-        inside = f"{path.parent.name}." if path.parent != FOLDER and getattr(node, "level", 0) == 1 else ""
         if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            base = (*inside[: len(inside) - node.level + 1], *(node.module or "").split("."))
+            names = [part for part in base if part] or [alias.name for alias in node.names]
+            yield f".{names[0]}"
         elif isinstance(node, ast.ImportFrom):
-            found.add(f".{inside}{node.module}" if node.level else str(node.module).partition(".")[0])
-    return found
+            yield str(node.module).partition(".")[0]
 
 
-def test_every_module_has_its_layer() -> None:
-    native = {f"native.{p.stem}" for p in (FOLDER / "native").glob("[!_]*.py")}
-    assert {p.stem for p in FOLDER.glob("[!_]*.py")} | native == set(LEVEL)
+def test_every_module_is_in_a_layer() -> None:
+    alone = {path.stem for path in FOLDER.glob("[!_]*.py")}
+    folders = {path.parent.name for path in FOLDER.glob("*/__init__.py")}
+    assert alone | folders == set(LAYERS)
 
 
 def test_no_module_imports_from_a_later_layer() -> None:
-    for name, level in LEVEL.items():
-        ours = {m[1:] for m in imports(FOLDER / f"{name.replace('.', '/')}.py") if m.startswith(".")}
-        ours = {m for m in ours if m != "None" and not m.startswith("bench.")}
-        assert all(LEVEL[other] <= level for other in ours), (name, ours)
+    for level, layer in enumerate(LAYERS):
+        for path in modules(layer):
+            ours = {name[1:] for name in imports(path) if name.startswith(".")} - {"__version__", "pocket_path"}
+            assert ours <= set(LAYERS[: level + 1]), (path, ours)
 
 
-def test_the_pure_part_needs_the_standard_library_alone() -> None:
-    for name in LAYERS[0]:
-        assert not imports(FOLDER / f"{name}.py") & {"torch", "transformers", "numpy"}
+def test_the_pure_layers_need_the_standard_library_alone() -> None:
+    for layer in ("config", "draft", "price"):
+        assert not any(set(imports(path)) & FOREIGN for path in modules(layer))
 
 
-def test_transformers_internals_stay_in_the_target_and_its_cache() -> None:
-    for name in ("attention", "sampler", "decoding"):
-        assert "transformers" not in imports(FOLDER / f"{name}.py")
+def test_transformers_stays_in_the_model_and_the_edges() -> None:
+    for path in (*modules("verify"), *modules("engine"), FOLDER / "model" / "attention.py"):
+        assert "transformers" not in imports(path)

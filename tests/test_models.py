@@ -9,8 +9,8 @@ import transformers
 from benchmarks import models
 from benchmarks.tiny import NOT_MADE, TYPES, tiny_model
 
-from lookahead_decoding.evaluate import OURS
-from lookahead_decoding.probe import probe
+from lookahead_decoding.model.evaluate import OURS
+from lookahead_decoding.model.probe import probe
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 

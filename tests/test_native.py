@@ -12,13 +12,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import lookahead_decoding as ld
-from lookahead_decoding.native import library as native_library
-from lookahead_decoding.native import steps as native_steps
-from lookahead_decoding.native.library import why_no_library
-from lookahead_decoding.native.program import NoProgramError
-from lookahead_decoding.native.steps import NativeSteps, native_of
-from lookahead_decoding.target import Target
-from lookahead_decoding.tree import TokenTree, build_tree
+from lookahead_decoding.draft.tree import TokenTree, build_tree
+from lookahead_decoding.model.native import library as native_library
+from lookahead_decoding.model.native import steps as native_steps
+from lookahead_decoding.model.native.library import why_no_library
+from lookahead_decoding.model.native.program import NoProgramError
+from lookahead_decoding.model.native.steps import NativeSteps, native_of
+from lookahead_decoding.model.target import Target
 from test_exactness import GREEDY, SAMPLED, batch_of, prompt_of
 
 pytestmark = pytest.mark.skipif(bool(why_no_library()), reason=why_no_library())

@@ -14,14 +14,14 @@ import pytest
 import torch
 
 import lookahead_decoding
-from lookahead_decoding.native import steps as native_steps
-from lookahead_decoding.native.library import why_no_library
-from lookahead_decoding.native.steps import Native, NativeSteps, native_of
+from lookahead_decoding.model.native import steps as native_steps
+from lookahead_decoding.model.native.library import why_no_library
+from lookahead_decoding.model.native.steps import Native, NativeSteps, native_of
 from test_exactness import prompt_of
 from test_native import family
 
 COMPILER, EMULATOR = shutil.which("aarch64-linux-gnu-gcc"), shutil.which("qemu-aarch64")
-HERE, SOURCES = Path(__file__).parent, Path(lookahead_decoding.__file__).parent / "native"
+HERE, SOURCES = Path(__file__).parent, Path(lookahead_decoding.__file__).parent / "model" / "native"
 pytestmark = [
     pytest.mark.skipif(bool(why_no_library()), reason=why_no_library()),
     pytest.mark.skipif(not (COMPILER and EMULATOR), reason="no aarch64-linux-gnu-gcc, or no qemu-aarch64"),

@@ -10,7 +10,7 @@ from benchmarks.drafts import Accepted, right_and_wrong
 
 import lookahead_decoding as ld
 from conftest import FREE
-from lookahead_decoding import packed
+from lookahead_decoding.model import packed
 from test_exactness import GREEDY, SAMPLED, WINDOW_ALONE, batch_of, prompt_of
 
 Tiny = Callable[..., torch.nn.Module]
@@ -117,7 +117,7 @@ def test_the_copies_follow_the_model(dtype: torch.dtype, tiny: Tiny) -> None:
 def test_where_nobody_says_how_a_step_runs(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     model = able(tiny(dtype=torch.bfloat16))
     assert ld.Target(model, 20).execution == "packed"
-    monkeypatch.setattr("lookahead_decoding.trees.PACKED_UNASKED", packed.copied_bytes(model) - 1)
+    monkeypatch.setattr("lookahead_decoding.model.trees.PACKED_UNASKED", packed.copied_bytes(model) - 1)
     assert ld.Target(model, 20).execution == "eager"
     assert ld.Target(model, 20, execution="packed").execution == "packed"
     assert ld.Target(tiny(dtype=torch.float64), 20).execution == "eager"

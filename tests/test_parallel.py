@@ -16,8 +16,8 @@ from transformers.utils import logging
 import lookahead_decoding as ld
 import many
 from conftest import ARCHITECTURES, FREE
-from lookahead_decoding.probe import probe
-from lookahead_decoding.ranks import Ranks
+from lookahead_decoding.model.probe import probe
+from lookahead_decoding.ranks.group import Ranks
 
 PROMPT = [5, 6, 7, 8, 9, 5, 6]
 LONG = {"max_new_tokens": 40, "eos_token_id": None, "pad_token_id": 0}

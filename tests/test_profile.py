@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lookahead_decoding as ld
-from lookahead_decoding import profile
+from lookahead_decoding.saved import profile
 
 Tiny = Callable[..., torch.nn.Module]
 TIMES = [(1, 0.002), (64, 0.003)]

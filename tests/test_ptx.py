@@ -32,7 +32,7 @@ def test_no_variant_spills_where_it_reads_the_committed_keys() -> None:
 
 
 def test_shared_memory_is_what_the_tilings_say() -> None:
-    kernels = pytest.importorskip("lookahead_decoding.kernels", reason="needs triton")
+    kernels = pytest.importorskip("lookahead_decoding.model.kernels", reason="needs triton")
     for dtype, tilings in (("bf16", kernels.HALF), ("fp32", kernels.SINGLE)):
         for size, choices in tilings.items():
             for tiling in choices:

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import lookahead_decoding as ld
 from conftest import ARCHITECTURES, FREE
-from lookahead_decoding.evaluate import cache_name
-from lookahead_decoding.rope import Switch, switch_of
+from lookahead_decoding.model.evaluate import cache_name
+from lookahead_decoding.model.rope import Switch, switch_of
 
 SWITCH = 40
 LONG = {
@@ -67,7 +67,7 @@ def test_the_text_is_that_of_generate_on_both_sides(kind: str, length: int) -> N
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_chunk_of_the_prompt_does_not_cross(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lookahead_decoding.trees.PREFILL_CHUNK", 7)
+    monkeypatch.setattr("lookahead_decoding.model.trees.PREFILL_CHUNK", 7)
     ids, options = prompt_of(75), {"max_new_tokens": 20, "eos_token_id": None, "do_sample": False}
     plain = fresh(kind).generate(ids, **options)
     assert torch.equal(ld.generate(fresh(kind), ids, **options), plain)

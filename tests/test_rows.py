@@ -10,8 +10,8 @@ from benchmarks.tiny import tiny_model
 
 import lookahead_decoding as ld
 from conftest import FREE
-from lookahead_decoding.rows import Lockstep, RowSteps
-from lookahead_decoding.tree import TokenTree, build_tree
+from lookahead_decoding.draft.tree import TokenTree, build_tree
+from lookahead_decoding.model.rows import Lockstep, RowSteps
 
 PROMPT = [3, 5, 7, 11, 13, 17]
 

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 import lookahead_decoding as ld
 from conftest import FREE
-from lookahead_decoding.shared import CONTEXT, SharedText
-from lookahead_decoding.sources import SharedSource
-from lookahead_decoding.suffix import NOWHERE, SuffixAutomaton
+from lookahead_decoding.draft.shared import CONTEXT, SharedText
+from lookahead_decoding.draft.sources import SharedSource
+from lookahead_decoding.draft.suffix import NOWHERE, SuffixAutomaton
 
 TEXTS = st.lists(st.lists(st.integers(0, 2), max_size=12), max_size=6)
 

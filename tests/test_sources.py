@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from lookahead_decoding import NgramPool
-from lookahead_decoding import sources as module
-from lookahead_decoding.sources import Acceptance, NgramSource, OwnSource, RecycledSource, SuffixSource
+from lookahead_decoding.draft import sources as module
+from lookahead_decoding.draft.sources import Acceptance, NgramSource, OwnSource, RecycledSource, SuffixSource
 
 
 def test_the_suffix_source_gives_longer_matches_other_marks() -> None:

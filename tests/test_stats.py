@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from lookahead_decoding import Choice, LookaheadDecoding, Stats, build_tree
-from lookahead_decoding.sources import SourceCount
+from lookahead_decoding.draft.sources import SourceCount
 
 
 def test_counts_and_ratios_of_two_sequences_of_which_one_ends() -> None:

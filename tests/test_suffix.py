@@ -5,7 +5,7 @@ import sys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lookahead_decoding.suffix import NOWHERE, SuffixAutomaton
+from lookahead_decoding.draft.suffix import NOWHERE, SuffixAutomaton
 
 TEXTS = st.lists(st.integers(0, 2), max_size=30)
 

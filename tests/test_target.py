@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 import lookahead_decoding as ld
 from conftest import ARCHITECTURES
 from lookahead_decoding import Target, TokenTree, build_tree
-from lookahead_decoding.evaluate import OURS
+from lookahead_decoding.model.evaluate import OURS
 
 PROMPT = [3, 5, 7, 11, 13]
 
@@ -73,7 +73,7 @@ def test_a_prompt_may_go_in_chunks(
     name: str, tiny: Callable[..., torch.nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny(name)
-    monkeypatch.setattr("lookahead_decoding.trees.PREFILL_CHUNK", 5)
+    monkeypatch.setattr("lookahead_decoding.model.trees.PREFILL_CHUNK", 5)
     for lengths in ((11,), (15, 15), (13, 1, 5, 6)):  # chunks of all begin together, or do not
         prompts = [[3 + (7 * i + n) % 60 for i in range(n)] for n in lengths]
         target = Target(model, capacity=40, batch=len(prompts))

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, DynamicCache, PreTrainedTokenizerFast
 
 import lookahead_decoding as ld
-from lookahead_decoding.text import Detokenizer, decode_text
+from lookahead_decoding.hf.stream import Detokenizer, decode_text
 
 Pocket = tuple[torch.nn.Module, PreTrainedTokenizerFast]
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lookahead_decoding import TokenTree, build_tree
-from lookahead_decoding.attention import encode_rows
+from lookahead_decoding.model.attention import encode_rows
 
 THE, CAT, SAT, ON, DOG, RAN = range(10, 16)
 

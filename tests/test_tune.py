@@ -8,13 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lookahead_decoding import Stats, profile
+from lookahead_decoding import Stats
 from lookahead_decoding.bench.tune import Tuning
 from lookahead_decoding.cli import doctor
 from lookahead_decoding.cli import main as cli
 from lookahead_decoding.cli.printing import command_line
-from lookahead_decoding.evaluate import OURS
-from lookahead_decoding.probe import Strategy
+from lookahead_decoding.model.evaluate import OURS
+from lookahead_decoding.model.probe import Strategy
+from lookahead_decoding.saved import profile
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:

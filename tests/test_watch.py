@@ -14,8 +14,8 @@ import torch
 import lookahead_decoding as ld
 import many
 from conftest import FREE
-from lookahead_decoding.ranks import Ranks
-from lookahead_decoding.watch import DONE, ENDED, FAILED, RUNNING, SILENCE, Sign, fault_of
+from lookahead_decoding.ranks.group import Ranks
+from lookahead_decoding.ranks.watch import DONE, ENDED, FAILED, RUNNING, SILENCE, Sign, fault_of
 from test_parallel import LONG, PROMPT, small
 
 

@@ -13,21 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import PLAIN, LookaheadConfig
-    from .decoding import Request, autoregressive, decode
-    from .hf import LookaheadDecoding, generate
-    from .lookahead import Choice, Lookahead
-    from .pool import NgramPool
-    from .ranks import Ranks, parallel
-    from .sampler import Sampler, StepLogits, choose
-    from .sharded import ShardedTarget
-    from .shared import SharedPool
-    from .shared_file import load_pool, save_pool
-    from .stats import Stats
-    from .target import Target
-    from .tensor_parallel import divide
-    from .text import StreamStep, stream
-    from .tree import TokenTree, build_tree
-    from .window import Window
+    from .draft.lookahead import Choice, Lookahead
+    from .draft.pool import NgramPool
+    from .draft.shared import SharedPool
+    from .draft.tree import TokenTree, build_tree
+    from .draft.window import Window
+    from .engine.decode import Request, autoregressive, decode
+    from .hf.generate import LookaheadDecoding, generate
+    from .hf.stream import StreamStep, stream
+    from .model.target import Target
+    from .price.stats import Stats
+    from .ranks.group import Ranks, parallel
+    from .ranks.sharded import ShardedTarget
+    from .ranks.tensor_parallel import divide
+    from .saved.shared_file import load_pool, save_pool
+    from .verify.sampler import Sampler, StepLogits, choose
 
 __version__ = "0.1.0"
 
@@ -65,21 +65,21 @@ __all__ = [
 
 _HOMES = {
     "config": "PLAIN LookaheadConfig",
-    "decoding": "Request autoregressive decode",
-    "hf": "LookaheadDecoding generate",
-    "lookahead": "Choice Lookahead",
-    "pool": "NgramPool",
-    "ranks": "Ranks parallel",
-    "sampler": "Sampler StepLogits choose",
-    "sharded": "ShardedTarget",
-    "shared": "SharedPool",
-    "shared_file": "load_pool save_pool",
-    "stats": "Stats",
-    "target": "Target",
-    "tensor_parallel": "divide",
-    "text": "StreamStep stream",
-    "tree": "TokenTree build_tree",
-    "window": "Window",
+    "engine.decode": "Request autoregressive decode",
+    "hf.generate": "LookaheadDecoding generate",
+    "draft.lookahead": "Choice Lookahead",
+    "draft.pool": "NgramPool",
+    "ranks.group": "Ranks parallel",
+    "verify.sampler": "Sampler StepLogits choose",
+    "ranks.sharded": "ShardedTarget",
+    "draft.shared": "SharedPool",
+    "saved.shared_file": "load_pool save_pool",
+    "price.stats": "Stats",
+    "model.target": "Target",
+    "ranks.tensor_parallel": "divide",
+    "hf.stream": "StreamStep stream",
+    "draft.tree": "TokenTree build_tree",
+    "draft.window": "Window",
 }
 """The public names by the modules they come from, which are imported when one is asked for: torch takes seconds."""
 

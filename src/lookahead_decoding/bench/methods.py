@@ -11,10 +11,10 @@ import torch
 from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from ..config import PLAIN, LookaheadConfig
-from ..hf import LookaheadDecoding, generate
-from ..ranks import Ranks
-from ..stats import Stats
-from ..torchrun import START
+from ..hf.generate import LookaheadDecoding, generate
+from ..price.stats import Stats
+from ..ranks.group import Ranks
+from ..ranks.torchrun import START
 from . import METHODS
 from .result import Row, distinct_share
 

@@ -12,8 +12,8 @@ import torch
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from ..target import Target
-from ..tree import TokenTree, build_tree
+from ..draft.tree import TokenTree, build_tree
+from ..model.target import Target
 
 ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128)
 CONTEXTS = (256, 1024, 4096)

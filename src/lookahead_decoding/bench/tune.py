@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..budget import StepTimes
 from ..config import LookaheadConfig
-from ..hf import LookaheadDecoding, generate
-from ..stats import PHASES, Stats
-from ..target import Target
+from ..hf.generate import LookaheadDecoding, generate
+from ..model.target import Target
+from ..price.budget import StepTimes
+from ..price.stats import PHASES, Stats
 from .step import tree_of
 
 TUNED = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)

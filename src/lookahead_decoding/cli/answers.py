@@ -13,7 +13,7 @@ from .loading import Prompt, room
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..hf import LookaheadDecoding, Run
+    from ..hf.generate import LookaheadDecoding, Run
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def releases(model: PreTrainedModel, execution: str, ranks: object = None) -> bo
     Raises:
         ValueError: its steps cannot run as asked.
     """
-    from ..target import Target
+    from ..model.target import Target
 
     return ranks is None and Target(model, 8, execution=execution).execution == "native"
 
@@ -84,8 +84,8 @@ def answer(
     import torch
 
     from ..bench.methods import of_steps
-    from ..hf import call_generate
-    from ..text import decode_text
+    from ..hf.generate import call_generate
+    from ..hf.stream import decode_text
 
     longest = max(map(len, prompts))
     fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0

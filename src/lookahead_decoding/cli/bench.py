@@ -13,7 +13,7 @@ import click
 
 from ..bench import METHODS
 from ..config import EXECUTIONS, LookaheadConfig
-from ..torchrun import started
+from ..ranks.torchrun import started
 from .loading import DTYPES, Problem, check_file, encode, first_line, load, read_prompts, room, samples, sampling
 from .options import config_of, dtype_option, model_options, prompt_options, with_ranks
 from .printing import Column, console, progress, say, show
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..bench.result import Result
-    from ..hf import LookaheadDecoding
-    from ..ranks import Ranks
-    from ..stats import Stats
+    from ..hf.generate import LookaheadDecoding
+    from ..price.stats import Stats
+    from ..ranks.group import Ranks
 
 
 class _Default(click.Group):
@@ -137,7 +137,7 @@ def run(
 
     from ..bench.methods import Job, make, measure, warm_up
     from ..bench.result import SHORT, About, Result
-    from ..profile import device_name
+    from ..saved.profile import device_name
 
     made = []
     for name, kind in wanted:
@@ -336,9 +336,9 @@ def step(
     import torch
 
     from ..bench.step import cache_bytes, commit_times, limits, outside_share, step_times
-    from ..hf import LookaheadDecoding
-    from ..profile import device_name
-    from ..target import Target
+    from ..hf.generate import LookaheadDecoding
+    from ..model.target import Target
+    from ..saved.profile import device_name
 
     if started():
         raise Problem("bench step is for one process: start it without torchrun")
@@ -409,7 +409,7 @@ def _stats(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding:
     """Counts and times of a hundred tokens, warmed up."""
     import torch
 
-    from ..hf import generate
+    from ..hf.generate import generate
 
     ids = torch.tensor([tokenizer("def fibonacci(n):\n").input_ids], device=model.device)
     for _ in range(2):

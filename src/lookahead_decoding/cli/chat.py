@@ -19,7 +19,7 @@ from .printing import in_width
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..shared import Namespace
+    from ..draft.shared import Namespace
 
 HELP = """/reset  forget the talk so far
 /exit   leave, as Ctrl-D does
@@ -60,7 +60,7 @@ def chat(
     if sys.stdin.isatty():
         _tell(f"[loading {model}]")
     target, tokenizer = load(model, dtype, device, trust_remote_code)
-    from ..text import stream
+    from ..hf.stream import stream
 
     if not tokenizer.chat_template:
         _tell(f"[{model} has no chat template: it goes on with the text so far]")
@@ -131,7 +131,7 @@ class Talk:
             raise
 
     def _put(self, line: str, max_new_tokens: int | None) -> tuple[list[int], int]:
-        from ..hf import context_of
+        from ..hf.generate import context_of
 
         self._turns.append({"role": "user", "content": line})
         context = context_of(self._model)
@@ -154,7 +154,7 @@ class Talk:
         self._turns.append({"role": "assistant", "content": said})
 
     def _ids(self) -> list[int]:
-        from ..text import chat_ids
+        from ..hf.stream import chat_ids
 
         if self._tokenizer.chat_template:
             return chat_ids(self._tokenizer, [*self._first, *self._turns])

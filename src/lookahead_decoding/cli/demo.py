@@ -40,7 +40,7 @@ class Runner:
         ids: Sequence[int],
         max_new_tokens: int,
     ) -> None:
-        from ..text import stream
+        from ..hf.stream import stream
 
         self.title = title
         self.tokens: list[int] = []

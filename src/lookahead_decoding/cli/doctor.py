@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from ..bench.methods import Job
     from ..bench.result import Result
-    from ..target import Target
+    from ..model.target import Target
 
 LITTLE = 1.05
 """A speedup below this is not worth the name."""
@@ -136,9 +136,9 @@ def _ways(
     """A way per dtype that can be compared: for each the execution whose plain steps are the fastest."""
     import torch
 
-    from ..packed import copied_bytes, why_not
-    from ..target import Target
-    from ..trees import PACKED_UNASKED, best_way
+    from ..model.packed import copied_bytes, why_not
+    from ..model.target import Target
+    from ..model.trees import PACKED_UNASKED, best_way
 
     models = [model]
     both = model.device.type == "cpu" and dtype == "auto" and model.dtype in (torch.float32, torch.bfloat16)
@@ -220,10 +220,10 @@ def _report(
     """
     import torch
 
-    from .. import profile
     from ..bench.result import added
     from ..bench.tune import forward_times
-    from ..target import Target
+    from ..model.target import Target
+    from ..saved import profile
 
     place = Target(way.model, 8, execution=way.execution)
     with progress() as bar:
@@ -336,8 +336,8 @@ def _to_copy(model: str, way: Way, options: Sequence[str], method: str) -> tuple
 
 
 def _attention(target: Target) -> str:
-    from ..evaluate import OURS
-    from ..trees import kernel_found
+    from ..model.evaluate import OURS
+    from ..model.trees import kernel_found
 
     if target.attention != OURS:
         return f"the model's own ({target.attention})"
@@ -363,9 +363,9 @@ def advise(
     import torch
 
     from ..bench.step import limits
-    from ..native.steps import why_no_native
-    from ..packed import copied_bytes, why_not
-    from ..trees import PACKED_UNASKED, not_unasked
+    from ..model.native.steps import why_no_native
+    from ..model.packed import copied_bytes, why_not
+    from ..model.trees import PACKED_UNASKED, not_unasked
 
     advice = []
     cost = times[8] / times[1]

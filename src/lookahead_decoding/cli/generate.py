@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..config import LookaheadConfig
-from ..torchrun import speaks
+from ..ranks.torchrun import speaks
 from .answers import Answer, answer, batches, releases
 from .loading import Problem, Prompt, encode, first_line, load, read_prompts, sampling
 from .options import (
@@ -27,8 +27,8 @@ from .printing import say
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ..ranks import Ranks
-    from ..shared import Namespace
+    from ..draft.shared import Namespace
+    from ..ranks.group import Ranks
 
 
 @click.command()
@@ -88,7 +88,7 @@ def generate(
     from rich.console import Console
     from rich.progress import Progress
 
-    from ..hf import LookaheadDecoding
+    from ..hf.generate import LookaheadDecoding
 
     encoded = [
         encode(target, tokenizer, one, f"prompt {i}" if prompts else "the prompt") for i, one in enumerate(asked, 1)
@@ -169,7 +169,7 @@ class _Printer:
     """Shows one answer while it comes."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, enabled: bool) -> None:
-        from ..text import Detokenizer
+        from ..hf.stream import Detokenizer
 
         self.enabled = enabled
         self._detokenizer = Detokenizer(tokenizer)

@@ -19,7 +19,7 @@ from .printing import say
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..ranks import Ranks
+    from ..ranks.group import Ranks
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
@@ -59,8 +59,8 @@ def load(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
-    from ..probe import probe
-    from ..tensor_parallel import divide
+    from ..model.probe import probe
+    from ..ranks.tensor_parallel import divide
 
     context = click.get_current_context(silent=True)
     threads = context.meta.get(THREADS) if context else None
@@ -96,7 +96,7 @@ def load(
 def _slow_in_bfloat16(model: PreTrainedModel) -> bool:
     import torch
 
-    from ..native.library import why_no_library
+    from ..model.native.library import why_no_library
 
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     plain = model.device.type == "cpu" and model.dtype == torch.bfloat16 and bool(why_no_library())
@@ -270,8 +270,8 @@ def check_file(path: Path | None, option: str) -> None:
 
 def encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, which: str) -> list[int]:
     """Token ids of a prompt that fits the model's context."""
-    from ..hf import context_of
-    from ..text import chat_ids
+    from ..hf.generate import context_of
+    from ..hf.stream import chat_ids
 
     if isinstance(prompt.content, str):
         check_text(prompt.content, which)
@@ -291,7 +291,7 @@ def encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: P
 
 def room(model: PreTrainedModel, prompt: Sequence[int], max_new_tokens: int) -> int:
     """New tokens that the context leaves room for."""
-    from ..hf import context_of
+    from ..hf.generate import context_of
 
     context = context_of(model)
     return max_new_tokens if context is None else min(max_new_tokens, context - len(prompt))

@@ -14,7 +14,7 @@ import click
 
 from .. import __version__
 from ..config import LookaheadWarning
-from ..torchrun import speaks, started
+from ..ranks.torchrun import speaks, started
 from .bench import bench
 from .chat import chat
 from .demo import demo

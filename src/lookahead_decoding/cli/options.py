@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..config import EXECUTIONS, MAX_ROWS, PLAIN, SOURCES, LookaheadConfig
-from ..torchrun import PATIENCE, START, speaks, started
+from ..ranks.torchrun import PATIENCE, START, speaks, started
 from .loading import DTYPES, FIELD, Problem, check_file, first_line, keep_threads
 
 if TYPE_CHECKING:
-    from ..ranks import Ranks
-    from ..shared import Namespace
+    from ..draft.shared import Namespace
+    from ..ranks.group import Ranks
 
 
 def with_ranks(command: Callable[..., None]) -> Callable[..., None]:
@@ -30,7 +30,7 @@ def with_ranks(command: Callable[..., None]) -> Callable[..., None]:
                 raise Problem(f"--tensor-parallel divides a model over ranks: {START}")
             command(device=device, ranks=None, **rest)
             return
-        from ..ranks import parallel
+        from ..ranks.group import parallel
 
         try:
             with parallel(tensor_parallel=tensor_parallel, device=device, patience=patience) as ranks, _speaking(ranks):
@@ -97,8 +97,8 @@ def shared_text(path: Path | None, name: str | None) -> Iterator[Namespace | Non
         yield None
         return
     check_file(path, "--shared-pool")
-    from ..shared import SharedPool
-    from ..shared_file import load_pool, save_pool
+    from ..draft.shared import SharedPool
+    from ..saved.shared_file import load_pool, save_pool
 
     try:
         pool = load_pool(path) if path.exists() else SharedPool()

@@ -10,7 +10,7 @@ from shutil import get_terminal_size
 from textwrap import fill
 from typing import TYPE_CHECKING, TextIO
 
-from ..torchrun import speaks
+from ..ranks.torchrun import speaks
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -58,11 +58,11 @@ def tune(
     """
     asked = read_prompts(prompts, field, limit) if prompts else []
     target, tokenizer = load(model, dtype, device, trust_remote_code)
-    from .. import profile
     from ..bench.methods import of_steps
     from ..bench.result import added
     from ..bench.tune import GRID
-    from ..target import Target
+    from ..model.target import Target
+    from ..saved import profile
 
     ids = [encode(target, tokenizer, one, f"prompt {i}") for i, one in enumerate(asked or samples(tokenizer, limit), 1)]
     length = min(room(target, p, max_new_tokens) for p in ids)

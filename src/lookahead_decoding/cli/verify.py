@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import click
 
 from ..config import LookaheadConfig
-from ..torchrun import speaks
+from ..ranks.torchrun import speaks
 from .loading import DTYPES, Problem, encode, first_line, load, read_prompts, room, samples, sampling
 from .options import lookahead_options, model_options, prompt_options, sampling_options, with_ranks
 
 if TYPE_CHECKING:
-    from ..ranks import Ranks
+    from ..ranks.group import Ranks
 
 
 @click.command()
@@ -53,8 +53,8 @@ def verify(
     from rich.console import Console
     from rich.progress import track
 
-    from ..exactness import compare
-    from ..hf import LookaheadDecoding
+    from ..hf.exactness import compare
+    from ..hf.generate import LookaheadDecoding
 
     asked = asked or samples(tokenizer, limit)
     encoded = [encode(target, tokenizer, one, f"prompt {i}") for i, one in enumerate(asked, 1)]

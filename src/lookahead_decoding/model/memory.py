@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel
 
-from .budget import StepTimes
+from ..price.budget import StepTimes
 
 
 class Memory:

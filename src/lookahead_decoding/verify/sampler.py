@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .lookahead import Choice, Walk
-from .tree import TokenTree
+from ..draft.lookahead import Choice, Walk
+from ..draft.tree import TokenTree
 
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Criterion = Callable[[torch.Tensor, tuple[torch.Tensor, ...] | None], torch.Tensor]

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .config import LookaheadConfig
-from .evaluate import device_of, unwrapped
-from .hf import LookaheadDecoding, Run, call_generate, check_tokenizer
-from .ranks import Ranks
-from .shared import Namespace
-from .sources import Propose
-from .stats import Stats
+from ..config import LookaheadConfig
+from ..draft.shared import Namespace
+from ..draft.sources import Propose
+from ..model.evaluate import device_of, unwrapped
+from ..price.stats import Stats
+from ..ranks.group import Ranks
+from .generate import LookaheadDecoding, Run, call_generate, check_tokenizer
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from ..draft.tree import TokenTree
+from ..verify.sampler import StepLogits
 from .attention import LENGTH, dense_mask, encode_rows
 from .cache import Span, TreeCache
 from .evaluate import (
@@ -33,8 +35,6 @@ from .graphs import PACKED, SIZES, Compiled, StepGraphs, padded, state_of, vary
 from .memory import memory_of
 from .packed import PackedLinears, copied_bytes, version_of, why_not
 from .rope import frequencies_change
-from .sampler import StepLogits
-from .tree import TokenTree
 
 PREFILL_CHUNK = 2048
 """Tokens of a prompt in one forward."""

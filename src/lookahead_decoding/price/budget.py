@@ -13,11 +13,11 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from statistics import median
 
-from .config import NGRAM_SIZE, LookaheadConfig
-from .grow import GrowingTree
-from .lookahead import Lookahead, max_rows
-from .sources import RANKS
-from .tree import TokenTree
+from ..config import NGRAM_SIZE, LookaheadConfig
+from ..draft.grow import GrowingTree
+from ..draft.lookahead import Lookahead, max_rows
+from ..draft.sources import RANKS
+from ..draft.tree import TokenTree
 
 SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 192, 256)
 """Rows per sequence that a step may have."""

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
+from ...draft.sources import RANKS
+from ...draft.tree import TokenTree
+from ...verify.sampler import StepLogits
 from ..cache import TreeCache
 from ..evaluate import as_written, text_config
 from ..graphs import state_of
 from ..memory import memory_of
 from ..packed import version_of
 from ..rope import frequencies_change
-from ..sampler import StepLogits
-from ..sources import RANKS
-from ..tree import TokenTree
 from ..trees import TreeSteps
 from .library import Step, kind, library, why_no_library
 from .program import Made, NoProgramError

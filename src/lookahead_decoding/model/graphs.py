@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from .config import LookaheadWarning
+from ..config import LookaheadWarning
+from ..draft.sources import RANKS
+from ..verify.sampler import top_tokens
 from .fused import Fused
-from .sampler import top_tokens
-from .sources import RANKS
 
 SIZES = (1, 16, 64, 128, 256)
 """Rows of a step are padded to one of these, larger ones to a multiple of 256: each size costs a capture."""

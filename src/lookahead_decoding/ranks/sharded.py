@@ -21,21 +21,21 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from . import profile
-from .budget import SHAPES, StepTimes
-from .cache import ROOM
-from .config import LookaheadConfig
+from ..config import LookaheadConfig
+from ..draft.lookahead import Walk
+from ..draft.lookahead import max_rows as max_rows_of
+from ..draft.sources import RANKS
+from ..draft.tree import TokenTree
+from ..model.cache import ROOM
+from ..model.memory import memory_of
+from ..model.target import Target
+from ..model.trees import TreeSteps
+from ..price.budget import SHAPES, StepTimes
+from ..price.stats import Stats
+from ..saved import profile
+from ..verify.sampler import Sampler, StepLogits
 from .division import Division, Header, Layout, checksum, divided, rows_of
-from .lookahead import Walk
-from .lookahead import max_rows as max_rows_of
-from .memory import memory_of
-from .ranks import Ranks
-from .sampler import Sampler, StepLogits
-from .sources import RANKS
-from .stats import Stats
-from .target import Target
-from .tree import TokenTree
-from .trees import TreeSteps
+from .group import Ranks
 
 SPARE_NODES = 8
 """Of a rank whose shard is larger than its part of all rows, since some ancestors are in several shards."""

@@ -23,6 +23,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
+from ..draft.tree import TokenTree
+from ..verify.sampler import StepLogits
 from .cache import TreeCache
 from .evaluate import (
     as_written,
@@ -35,8 +37,6 @@ from .evaluate import (
     prepared,
     text_config,
 )
-from .sampler import StepLogits
-from .tree import TokenTree
 from .trees import PREFILL_CHUNK, packed_weights
 
 REFED = 16

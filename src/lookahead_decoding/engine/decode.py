@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
-from .budget import Budget
-from .config import LookaheadConfig
-from .lookahead import Choice, Lookahead, max_rows
-from .sampler import Sampler, choose
-from .shared import Namespace
-from .sources import Propose
-from .stats import Stats
-from .target import SINGLE, Target
-from .tree import TokenTree
+from ..config import LookaheadConfig
+from ..draft.lookahead import Choice, Lookahead, max_rows
+from ..draft.shared import Namespace
+from ..draft.sources import Propose
+from ..draft.tree import TokenTree
+from ..model.target import SINGLE, Target
+from ..price.budget import Budget
+from ..price.stats import Stats
+from ..verify.sampler import Sampler, choose
 
 
 @dataclass(frozen=True)

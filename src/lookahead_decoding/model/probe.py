@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from ..draft.tree import TokenTree, build_tree
+from ..verify.sampler import StepLogits
 from .cache import TreeCache, keeps_states_alone
 from .evaluate import OURS, cache_name, device_of, parameters_of, text_config
 from .memory import memory_of
 from .rows import Lockstep, RowSteps
-from .sampler import StepLogits
-from .tree import TokenTree, build_tree
 from .trees import TreeSteps
 
 WINDOW = "window|chunk|index.*topk"

@@ -19,7 +19,7 @@ import platformdirs
 import torch
 import transformers
 
-from . import __version__
+from .. import __version__
 from .files import replace
 
 FORMAT = 1

@@ -11,10 +11,13 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from . import profile
-from .budget import StepTimes
+from ..config import EXECUTIONS, LookaheadConfig, LookaheadWarning
+from ..draft.tree import TokenTree
+from ..price.budget import StepTimes
+from ..price.stats import Stats
+from ..saved import profile
+from ..verify.sampler import StepLogits
 from .cache import ROOM
-from .config import EXECUTIONS, LookaheadConfig, LookaheadWarning
 from .evaluate import device_of, text_config, unwrapped
 from .memory import memory_of
 from .native.program import NoProgramError
@@ -22,9 +25,6 @@ from .native.steps import Native, NativeSteps, is_released, native_of, release, 
 from .probe import Steps, Strategy, probe
 from .rope import switch_of
 from .rows import Lockstep, RowSteps
-from .sampler import StepLogits
-from .stats import Stats
-from .tree import TokenTree
 from .trees import TreeSteps, best_way, not_ready, not_unasked
 
 SINGLE = TokenTree((0,), (-1,))

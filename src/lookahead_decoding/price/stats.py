@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .lookahead import Choice
-from .sources import SourceCount
-from .tree import TokenTree
+from ..draft.lookahead import Choice
+from ..draft.sources import SourceCount
+from ..draft.tree import TokenTree
 
 PHASES = ("plan", "forward", "choose", "observe", "commit")
 

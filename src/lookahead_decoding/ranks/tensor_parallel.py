@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .ranks import Ranks
+from .group import Ranks
 
 
 def divide(model: PreTrainedModel, ranks: Ranks) -> PreTrainedModel:

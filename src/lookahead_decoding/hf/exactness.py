@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .config import PLAIN
-from .hf import LookaheadDecoding, generate
+from ..config import PLAIN
+from .generate import LookaheadDecoding, generate
 
 NEAR_TIE = 1e-4
 """Largest margin, in logits, at which rounding in float32 may decide between two tokens."""

@@ -12,8 +12,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from ..draft.shared import Generation, SharedPool
 from .files import replace
-from .shared import Generation, SharedPool
 
 NAME = "lookahead-decoding shared pool"
 FORMAT = 1

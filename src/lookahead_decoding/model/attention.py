@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from .tree import TokenTree
+from ..draft.tree import TokenTree
 
 NO_WINDOW = 1 << 30
 LENGTH, DEPTH, WINDOW, SEEN = range(4)

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .config import NGRAM_SIZE, LookaheadConfig
+from ..config import NGRAM_SIZE, LookaheadConfig
 from .grow import GrowingTree
 from .pool import NgramPool
 from .shared import Namespace

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .sampler import Criterion, Processor
+from ..verify.sampler import Criterion, Processor
 
 TRIALS = 3
 """Calls of a trial, each with a text that is one token longer: some begin to remember with the second."""

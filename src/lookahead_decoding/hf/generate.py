@@ -36,21 +36,21 @@ from transformers.generation.logits_process import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
-from .config import EXECUTIONS, LookaheadConfig
-from .decoding import Request, decode
-from .evaluate import CACHE_NAMES, cache_in, cache_name, text_config, unwrapped
-from .following import refuse_what_cannot_follow, state_of
-from .lookahead import Choice, max_rows
-from .memory import memory_of
-from .probe import probe
-from .ranks import Ranks
-from .rope import switch_of
-from .sampler import Sampler
-from .sharded import ShardedTarget
-from .shared import Namespace
-from .sources import Propose
-from .stats import Stats
-from .target import Target
+from ..config import EXECUTIONS, LookaheadConfig
+from ..draft.lookahead import Choice, max_rows
+from ..draft.shared import Namespace
+from ..draft.sources import Propose
+from ..engine.decode import Request, decode
+from ..model.evaluate import CACHE_NAMES, cache_in, cache_name, text_config, unwrapped
+from ..model.memory import memory_of
+from ..model.probe import probe
+from ..model.rope import switch_of
+from ..model.target import Target
+from ..price.stats import Stats
+from ..ranks.following import refuse_what_cannot_follow, state_of
+from ..ranks.group import Ranks
+from ..ranks.sharded import ShardedTarget
+from ..verify.sampler import Sampler
 
 # What we do with each field of GenerationConfig. "honoured": exactly as `generate` does. "engine": it chooses how
 # plain decoding runs, not what it says; ours replaces a default of the model's files, and what a caller asks for is

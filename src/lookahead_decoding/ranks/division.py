@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from .lookahead import Walk
-from .tree import Shard, TokenTree
+from ..draft.lookahead import Walk
+from ..draft.tree import Shard, TokenTree
 
 REASONS = (None, "stop", "length")
 """Why a sequence ends, as a message says it."""

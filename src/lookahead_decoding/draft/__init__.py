@@ -1,0 +1,1 @@
+"""What a step guesses: token trees, and where candidates come from. Integers only, no torch."""

@@ -1,0 +1,1 @@
+"""transformers' own interface: `generate`, streams, and the contract of exactness."""

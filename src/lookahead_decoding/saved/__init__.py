@@ -1,0 +1,1 @@
+"""What lasts beyond a process: step profiles and shared pools."""
