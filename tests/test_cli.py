@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import re
 import signal
@@ -123,7 +124,7 @@ def test_a_line_that_the_template_refuses_is_said_and_the_talk_goes_on(pocket, m
     refusal = "{% if m.content == 'no' %}{{ raise_exception('not that') }}{% endif %}"
     template = "{% for m in messages %}" + refusal + "{% endfor %}x"
     monkeypatch.setattr(tokenizer, "chat_template", template)
-    monkeypatch.setattr("lookahead_decoding.cli.chat.load", lambda *a: (model, tokenizer))
+    monkeypatch.setattr("lookahead_decoding.cli.chat.load", lambda *a: (copy.deepcopy(model), tokenizer))
     monkeypatch.setattr("sys.stdin", StringIO("no\n\udcff\nyes\n"))
     code, out, err = run(capsys, monkeypatch, "chat", "pocket", "-n", "4")
     assert code == 0

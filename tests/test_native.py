@@ -284,7 +284,7 @@ def test_what_hangs_on_a_model_later_is_seen(tiny: Tiny) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_model_that_gives_up_its_weights_answers_as_before(tied: bool, dtype: torch.dtype, tiny: Tiny) -> None:
-    model, ids = tiny("llama", dtype, tie_word_embeddings=tied, **WIDE), prompt_of(9)
+    model, ids = copy.deepcopy(tiny("llama", dtype, tie_word_embeddings=tied, **WIDE)), prompt_of(9)
     options = {"max_new_tokens": 30, "eos_token_id": None, **GREEDY}
     wanted = ld.generate(model, ids, lookahead=ld.LookaheadDecoding(execution="native"), **options).tolist()
     machine = Target(model, 8).machine

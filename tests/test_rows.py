@@ -92,6 +92,24 @@ def test_sequences_in_lockstep_are_those_of_generate() -> None:
     assert close(step.logits[0, 0], plain_logits(model, [*PROMPT, 20, 21])[-1])
 
 
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gptj", "codegen", "biogpt", "ctrl", "bert", "roberta", "bart"])
+def test_no_draft_is_past_a_models_table_of_positions(name: str) -> None:
+    ids = torch.tensor([[5, 9, 7, 30, 12, 44] * 7])
+    table = ids.shape[1] + 21
+    sizes = {"max_position_embeddings": table + 2 * (name in ("roberta", "opt"))}
+    model = tiny_model(name, **({"n_positions": table} if name in ("gpt2", "gptj", "codegen", "ctrl") else sizes))
+    free = model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)[0]
+    options = {
+        "max_new_tokens": 100,
+        "do_sample": False,
+        "eos_token_id": int(free[-2]),
+        "pad_token_id": 0,
+    }  # bart forces its last
+    plain = model.generate(ids, **options)
+    found = ld.generate(model, ids, lookahead=ld.LookaheadConfig(step_times=FREE, max_rows=40), **options)
+    assert found.tolist() == plain.tolist()
+
+
 @pytest.mark.parametrize("name", ["bloom", "qwen3_next"])
 def test_a_window_that_has_no_place_is_refused(name: str) -> None:
     ids = torch.tensor([PROMPT])

@@ -13,13 +13,14 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
+from benchmarks.tiny import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
 import lookahead_decoding as ld
 from conftest import FREE
 from lookahead_decoding.draft.shared import CONTEXT, SharedText
-from lookahead_decoding.draft.sources import SharedSource
+from lookahead_decoding.draft.sources import SharedSource, SourceCount
 from lookahead_decoding.draft.suffix import NOWHERE, SuffixAutomaton
 
 TEXTS = st.lists(st.lists(st.integers(0, 2), max_size=12), max_size=6)
@@ -205,6 +206,26 @@ def test_bounds_names_and_tokens_are_checked() -> None:
         space().learn([3, 10])
     with pytest.raises(ValueError, match="is for a model with 10 tokens, and this one has 32,000"):
         space().bind(32_000)
+
+
+def test_an_answer_that_a_namespace_cannot_take_is_not_lost(tiny: Callable[..., torch.nn.Module]) -> None:
+    model = tiny(vocab_size=72)
+    model.config.vocab_size = 64  # as image-text models have it: more embeddings than the text's vocabulary
+    ids, options = torch.tensor([[3, 9, 64, 4, 44, 59]]), {"max_new_tokens": 10, "do_sample": False}
+    namespace = ld.SharedPool().namespace("a")
+    try:
+        found = ld.generate(model, ids, lookahead=ld.LookaheadDecoding(shared=namespace), **options)
+        assert found.tolist() == model.generate(ids, **options).tolist()
+    finally:
+        model.config.vocab_size = 72
+    assert namespace.tokens == 0
+
+
+def test_answers_of_a_batch_without_trees_join_the_pool() -> None:
+    namespace, ids = ld.SharedPool().namespace("a"), torch.tensor([[3, 5, 7], [11, 13, 17]])
+    decoding = ld.LookaheadDecoding(shared=namespace)
+    found = ld.generate(tiny_model("bloom"), ids, lookahead=decoding, max_new_tokens=9, eos_token_id=None)
+    assert [list(text) for text in namespace.younger.texts] == found.tolist()
 
 
 def test_a_source_follows_the_text_also_past_tokens_that_it_was_not_asked_about() -> None:
@@ -396,7 +417,7 @@ class TestDecoding:
             decoding = ld.LookaheadDecoding(config, shared=pool.namespace("one"))
             self.run(model, decoding, self.ids())
             steps.append(decoding.stats.steps)
-            shares.append(decoding.stats.sources.get("shared", ld.sources.SourceCount()).accepted)
+            shares.append(decoding.stats.sources.get("shared", SourceCount()).accepted)
         assert steps[0] == 39
         assert shares[0] == 0
         assert steps[1] <= 10

@@ -227,7 +227,7 @@ class Lookahead:
         if self._pooled and "output" in self._config.sources:
             self._learn(known)
         if ended and self._shared is not None:
-            self._shared.learn(self.text, len(self._prompt))
+            self._shared.keep(self.text, len(self._prompt))
 
     def _judge(self, growing: GrowingTree, choice: Choice) -> None:
         """Count what was proposed at the nodes of the path, and whose drafts were fed and accepted."""

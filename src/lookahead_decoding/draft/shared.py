@@ -147,6 +147,11 @@ class Namespace:
                 self.turn()
         self._pool.shrink(self)
 
+    def keep(self, text: Sequence[int], start: int = 0) -> None:
+        """As `learn`, and a text that it cannot take is left out: an answer is not lost because of what comes after."""
+        if all(0 <= token < self.vocab_size for token in text[max(0, start - CONTEXT) :]):
+            self.learn(text, start)
+
     def turn(self) -> None:
         """Begin a generation: what was the older one is forgotten. Nothing to do where the younger one is empty."""
         with self.lock:

@@ -73,7 +73,7 @@ def decode(
     """
     config = target.fit(config)
     if target.plain and (config.sources or any(r.propose for r in requests)):
-        yield from autoregressive(target, requests, config, stats, inputs)
+        yield from _in_lockstep(target, requests, config, stats, inputs)
         return
     for request, length in zip(requests, target.lengths, strict=True):
         needed = length + request.limit - request.cached + max_rows(config, own_source=request.propose is not None)
@@ -132,3 +132,18 @@ def autoregressive(
     """Plain decoding, with the signature of `decode`: every step is the current token alone."""
     plain = [replace(r, propose=None, shared=None) for r in requests]
     return decode(target, plain, replace(config, sources=()), stats, inputs)
+
+
+def _in_lockstep(
+    target: Target, requests: Sequence[Request], config: LookaheadConfig, stats: Stats, inputs: Mapping[str, Any] | None
+) -> Iterator[list[Choice | None]]:
+    """Plain decoding of a batch that takes no trees: its answers join the shared text all the same."""
+    texts = [list(r.prompt) for r in requests]
+    for choices in autoregressive(target, requests, config, stats, inputs):
+        for text, choice in zip(texts, choices, strict=True):
+            text += choice.tokens if choice else ()
+        yield choices
+    for request, text in zip(requests, texts, strict=True):
+        if request.shared is not None:
+            request.shared.bind(target.config.vocab_size)
+            request.shared.keep(text, len(request.prompt))

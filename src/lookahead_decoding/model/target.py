@@ -27,6 +27,9 @@ from .rope import switch_of
 from .rows import Lockstep, RowSteps
 from .trees import TreeSteps, best_way, not_ready, not_unasked
 
+MARGIN = 8
+"""Positions at the end of a model's table that no draft takes: some models count from behind their padding token."""
+
 SINGLE = TokenTree((0,), (-1,))
 """The tree of a sequence's last prompt token, which prefill evaluates."""
 
@@ -215,7 +218,9 @@ class Target:
         """How deep a tree may be whose root stands at a position."""
         if self.strategy.horizon is not None and root + self._max_rows > self.strategy.horizon:
             return 0
-        return self.switch.reach(root) if self.switch else 1 << 30
+        table = getattr(self.config, "max_position_embeddings", None) or 0
+        within = max(0, table - MARGIN - root) if root < table else 1 << 30  # the text may be longer, by rotations
+        return min(within, self.switch.reach(root) if self.switch else 1 << 30)
 
     def check_length(self, prompt: int, longest: int) -> None:
         """Refuse a text in which rotary frequencies change, where that cannot be followed.
