@@ -114,6 +114,18 @@ def test_the_copies_follow_the_model(dtype: torch.dtype, tiny: Tiny) -> None:
     assert apart(before, logits(model, "packed")) == 0
 
 
+@pytest.mark.parametrize("shape", [(64, 64), (8, 96), (96, 8), (1, 40), (40, 1), (7, 64), (40,), (3, 5, 16)])
+def test_an_edited_row_or_column_is_noticed(shape: tuple[int, ...]) -> None:
+    module = torch.nn.Module()
+    module.weight = torch.nn.Parameter(torch.randn(shape))
+    before, matrix = packed.version_of(module), module.weight.data.view(-1, shape[-1])
+    for line in (*matrix, *matrix.t()):
+        line += 1
+        assert packed.version_of(module) != before
+        line -= 1
+        before = packed.version_of(module)  # of rounding
+
+
 def test_where_nobody_says_how_a_step_runs(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     model = able(tiny(dtype=torch.bfloat16))
     assert ld.Target(model, 20).execution == "packed"

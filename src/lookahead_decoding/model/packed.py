@@ -19,9 +19,6 @@ from .native.program import Arena, padded, panels
 ROWS = 64
 """Rows up to which a product is native; PyTorch's libraries lay out a weight for more in little of their time."""
 
-SAMPLES = 256
-"""Values of a tensor that are compared to notice a change that PyTorch does not count, made through `.data`."""
-
 
 class PackedLinears:
     """The linear layers of a model with their weights laid out; inside a `with` block they are used.
@@ -108,14 +105,29 @@ def why_not(model: nn.Module) -> str:
 
 
 def version_of(model: nn.Module) -> object:
-    """Equal as long as the weights are: where they lie, the changes that PyTorch counts, and a sample of the values."""
+    """Equal as long as the weights are: where they lie, the changes that PyTorch counts, and a sample of the values.
+
+    The sample has a value of every row and of every column, so that rows and columns that were edited through `.data`,
+    which PyTorch does not count, are noticed.
+    """
     found: list[object] = [torch.get_num_threads()]  # which a layout is made for, too
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             if type(tensor) not in (torch.Tensor, nn.Parameter):  # quantised: never packed, and not to be looked into
                 found.append(id(tensor))
                 continue
-            flat = tensor.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // SAMPLES)].float().sum().item()
-            found.append((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, sample))
+            found.append((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, _sample(tensor.detach())))
     return tuple(found)
+
+
+def _sample(tensor: torch.Tensor) -> int:
+    """A hash of some values: one of every row and of every column of the last dimension at least."""
+    flat = tensor.reshape(-1)
+    columns = tensor.shape[-1] if tensor.ndim else 1
+    parts = (
+        [flat[:: max(1, columns - 1)], flat[:columns]] if columns else []
+    )  # the first steps one column back each row
+    if 1 < len(flat) // max(1, columns) < columns:  # fewer rows than columns: further diagonals
+        rows = len(flat) // columns
+        parts += [tensor.reshape(rows, columns)[:, at : at + rows].diagonal() for at in range(0, columns, rows)]
+    return hash(torch.cat(parts).view(torch.uint8).numpy().tobytes()) if parts else 0

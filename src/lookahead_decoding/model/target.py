@@ -54,7 +54,7 @@ class Target:
             "auto": on a GPU "captured", or "eager" with a warning if that cannot be; elsewhere "native" where the model
             has a program and the copy takes at most 2 GiB, or "packed", or "eager".
             A copy is kept for the model's life, and made anew when the weights have changed; of changes made through
-            `.data`, a sample is looked at.
+            `.data`, a value of every row and of every column is looked at.
         max_rows: of a tree, for which layers with a window keep room.
         released: the model gives up its own weights, and answers by its native program from here on.
 
