@@ -302,6 +302,23 @@ def test_a_model_that_gives_up_its_weights_answers_as_before(tied: bool, dtype: 
         ld.generate(model, ids, **options)
 
 
+def test_a_released_model_may_have_other_threads(tiny: Tiny, request: pytest.FixtureRequest) -> None:
+    model, ids = copy.deepcopy(tiny("llama", **WIDE)), prompt_of(9)
+    before = torch.get_num_threads()
+    request.addfinalizer(lambda: torch.set_num_threads(before))
+    first = ld.generate(model, ids, max_new_tokens=9, lookahead=ld.LookaheadDecoding(release=True), **GREEDY)
+    torch.set_num_threads(2)
+    assert ld.generate(model, ids, max_new_tokens=9, **GREEDY).tolist() == first.tolist()
+
+
+def test_what_needs_the_models_own_weights_is_refused_before_they_are_given_up(tiny: Tiny) -> None:
+    model, ids = copy.deepcopy(family("gpt2", torch.float32)), prompt_of(9)
+    decoding = ld.LookaheadDecoding(release=True)
+    with pytest.raises(ValueError, match="token_type_ids needs the model's own weights"):
+        ld.generate(model, ids, token_type_ids=torch.zeros_like(ids), lookahead=decoding)
+    assert all(p.numel() for p in model.parameters())
+
+
 def test_a_model_without_a_program_keeps_its_weights(tiny: Tiny) -> None:
     model = tiny("llama", **WIDE)
     with pytest.raises(ValueError, match="leave release out"):

@@ -114,6 +114,15 @@ def test_the_copies_follow_the_model(dtype: torch.dtype, tiny: Tiny) -> None:
     assert apart(before, logits(model, "packed")) == 0
 
 
+def test_automatic_mixed_precision_is_left_to_the_layers(tiny: Tiny) -> None:
+    model, ids = able(tiny(hidden_size=64)), prompt_of(6)
+    options = {"max_new_tokens": 30, "eos_token_id": None, **GREEDY}
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = logits(model, "eager")
+        assert apart(logits(model, "packed"), plain) == 0
+        assert ld.generate(model, ids, **options).shape == (1, 36)
+
+
 @pytest.mark.parametrize("shape", [(64, 64), (8, 96), (96, 8), (1, 40), (40, 1), (7, 64), (40,), (3, 5, 16)])
 def test_an_edited_row_or_column_is_noticed(shape: tuple[int, ...]) -> None:
     module = torch.nn.Module()

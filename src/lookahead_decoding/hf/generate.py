@@ -379,6 +379,8 @@ class LookaheadDecoding:
         rows_of_tree = max_rows(self.config, own_source=self.propose is not None)
         capacity = longest + rows_of_tree
         size = {"capacity": capacity, "batch": len(requests), "execution": self.execution, "max_rows": rows_of_tree}
+        if self.release and inputs:
+            raise ValueError(f"release: {', '.join(inputs)} needs the model's own weights; leave release out")
         target = (
             Target(model, **size, released=self.release)
             if self.parallel is None

@@ -51,12 +51,12 @@ class _Product:
         self._layer = layer
         self._arena = arena
         self._panels: torch.Tensor | None = None
-        self._next = torch.zeros(8, dtype=torch.int64)
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
         layer = self._layer
-        rows = input.numel() // layer.in_features
-        if not 0 < rows <= ROWS:
+        rows = input.numel() // max(1, layer.in_features)
+        mixed = input.dtype != layer.weight.dtype or torch.is_autocast_enabled("cpu")
+        if not 0 < rows <= ROWS or mixed:
             return nn.functional.linear(input, layer.weight, layer.bias)
         if self._panels is None:
             self._panels = self._arena.put(panels(layer.weight.detach()))
@@ -69,7 +69,8 @@ class _Product:
         given = input.to(reads(layer.weight.dtype)).contiguous()
         found = torch.empty(rows, layer.out_features, dtype=torch.float32)
         step = Step(rows=rows, threads=torch.get_num_threads())
-        step.inner, step.heads, step.next = given.data_ptr(), found.data_ptr(), self._next.data_ptr()
+        taken = torch.zeros(8, dtype=torch.int64)
+        step.inner, step.heads, step.next = given.data_ptr(), found.data_ptr(), taken.data_ptr()
         code = library()
         assert code is not None
         code.lookahead_step(ctypes.byref(self._program), ctypes.byref(step), kind())
@@ -110,7 +111,7 @@ def version_of(model: nn.Module) -> object:
     The sample has a value of every row and of every column, so that rows and columns that were edited through `.data`,
     which PyTorch does not count, are noticed.
     """
-    found: list[object] = [torch.get_num_threads()]  # which a layout is made for, too
+    found: list[object] = []
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             if type(tensor) not in (torch.Tensor, nn.Parameter):  # quantised: never packed, and not to be looked into

@@ -307,6 +307,8 @@ class Target:
     def _whole(self, prompts: Sequence[Sequence[int]], inputs: Mapping[str, Any] | None, before: int) -> StepLogits:
         """Evaluate prompts in one forward, as `generate` does, behind the first tokens that are committed."""
         assert not isinstance(self.steps, Lockstep)
+        if is_released(self.model):
+            raise ValueError("the model has given up its own weights, which this prompt needs: load the model again")
         plain = Lockstep(self.model, 0, len(prompts))
         width = max(map(len, prompts))
         if before and len(prompts) > 1:

@@ -307,7 +307,7 @@ def _compiled(model: PreTrainedModel) -> Compiled:
     """The compiled step of a model; compiled anew for changed weights, which a packed copy would not follow."""
     made = memory_of(model).made
     packed = device_of(model).type == "cpu" and model.dtype == torch.bfloat16
-    weights = packed and version_of(model)
+    weights = packed and (torch.get_num_threads(), version_of(model))
     if "compiled" not in made or made["compiled"][0] != weights:
         if "compiled" in made:
             torch.compiler.reset()

@@ -264,7 +264,7 @@ def native_of(model: Any) -> Native:
         NoProgramError: it has none; the message says why.
     """
     if is_released(model) and _kept(model) is None:
-        raise NoProgramError("its weights were given up, and their copy with them; load the model again")
+        raise NoProgramError("its weights were given up, and their copy is gone or is of another state of the model")
     if any(type(p) is not torch.nn.Parameter or p.device.type != "cpu" for p in model.parameters()):
         raise NoProgramError("its weights are not plain ones on the CPU")
     changed = (m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
@@ -288,6 +288,7 @@ def release(model: Any) -> None:
         NoProgramError: it has no program; the message says why.
     """
     native = native_of(model)
+    memory_of(model).made.pop("packed", None)
     for parameter in () if is_released(model) else model.parameters():
         parameter.released = tuple(parameter.shape)
         parameter.data = parameter.data.new_empty(0)
