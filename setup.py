@@ -8,7 +8,7 @@ from setuptools import Extension, setup
 # OpenMP's functions are found at run time in the library that torch has loaded: a second one would have threads of its
 # own, and both would spin. So the compiler is told of OpenMP and the linker is not.
 SOURCES = ("step", "avx512_bf16", "avx512", "avx2", "neon", "neon_bf16")  # each for processors of its own
-HEADERS = ("step", "operations", "attention", "vector512", "vector256", "vector128")
+HEADERS = ("step", "operations", "attention", "vector512", "vector256", "vector128", "some")
 APPLE = sys.platform == "darwin"  # whose compiler takes OpenMP's pragmas by another name
 
 STEP = Extension(

@@ -8,7 +8,7 @@ from itertools import groupby
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from .loading import Prompt, room
+from .loading import Problem, Prompt, first_line, room
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,11 +55,14 @@ def releases(model: PreTrainedModel, execution: str, ranks: object = None) -> bo
     """Whether a model that a command has loaded for itself can give up its own weights, for those of its program.
 
     Raises:
-        ValueError: its steps cannot run as asked.
+        Problem: its steps cannot run as asked.
     """
     from ..model.target import Target
 
-    return ranks is None and Target(model, 8, execution=execution).execution == "native"
+    try:
+        return ranks is None and Target(model, 8, execution=execution).execution == "native"
+    except ValueError as error:
+        raise Problem(first_line(error)) from error
 
 
 def answer(

@@ -68,7 +68,7 @@ def chat(
         _tell("[ready: /help says what you can do, Ctrl-D leaves]")
 
     talk = Talk(target, tokenizer, system)
-    options = chosen | {"execution": execution, "shared": shared}
+    options = chosen | {"execution": execution, "shared": shared, "release": releases(target, execution)}
     for line in _turns():
         if line.startswith("/"):
             if line == "/exit":
@@ -84,7 +84,6 @@ def chat(
             _tell(f"[{first_line(problem)}]")
             continue
         try:
-            options["release"] = releases(target, execution)
             steps = stream(target, tokenizer, ids, lookahead=config, seed=seed, max_new_tokens=length, **options)
             said, reason = "", None
             with _until_interrupted() as interrupted:

@@ -97,6 +97,7 @@ def generate(
         options["stop_strings"] = list(stop)
     watching = sys.stderr.isatty() and len(encoded) > 1 and speaks()
     bare = 0
+    release = releases(target, execution, ranks)
     with Progress(console=Console(stderr=True), disable=not watching) as progress:
         task = progress.add_task("prompts", total=len(encoded))
         first = 0
@@ -110,7 +111,7 @@ def generate(
                     seeds=seeds,
                     shared=shared,
                     execution=execution,
-                    release=releases(target, execution, ranks),
+                    release=release,
                     parallel=ranks,
                 )
                 answers = answer(

@@ -291,7 +291,8 @@ class LookaheadDecoding:
     def close(self) -> None:
         """Give back the memory that models served so far hold for later calls: captured steps, copies of weights.
 
-        The next call makes anew what it needs. Models that are gone have given theirs back.
+        The next call makes anew what it needs. Models that are gone have given theirs back, and one that has given up
+        its own weights (`release`) has nothing left: it must be loaded again.
         """
         for model in self._served:
             memory_of(model).close()

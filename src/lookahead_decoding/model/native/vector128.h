@@ -61,18 +61,7 @@ INLINE V between(V x, int from, int to) {
     return x;
 }
 
-/* The first lanes, and less than every number in the others. */
-INLINE V load_some(const float *p, int lanes) {
-    float numbers[16];
-    for (int i = 0; i < 16; i++) numbers[i] = i < lanes ? p[i] : -INFINITY;
-    return load(numbers);
-}
-
-INLINE void store_some(float *p, V x, int lanes) {
-    float numbers[16];
-    store(numbers, x);
-    memcpy(p, numbers, (size_t)lanes * sizeof(float));
-}
+#include "some.h"
 
 /* Zero in the lanes where `of` is less than every number. */
 INLINE V where_some(V x, V of) {
